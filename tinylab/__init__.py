@@ -1,0 +1,1 @@
+"""tinylab: pretrain small language models and understand what happened."""

@@ -1,0 +1,1 @@
+"""Checkpoints: committed, verified, and in other formats."""

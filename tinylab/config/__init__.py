@@ -1,0 +1,1 @@
+"""What a run is: frozen dataclasses, presets and TOML. Standard library only."""

@@ -1,0 +1,431 @@
+"""What a run is: frozen, keyword-only dataclasses that check every relation between their fields.
+
+Counts are in tokens unless a name says otherwise; "global" quantities are sums over all ranks.
+Everything below is plain data: `io.py` writes it as TOML and reads it back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tinylab.errors import ConfigError
+
+
+def _positive(owner: str, **values: float) -> None:
+    """Raise ConfigError naming every value that is not a finite number above zero."""
+    bad = [f"{owner}.{k} = {v!r}" for k, v in values.items() if not (math.isfinite(v) and v > 0)]
+    if bad:
+        raise ConfigError(f"{', '.join(bad)}: must be finite and greater than 0")
+
+
+def nearest_divisor(of: int, near: int) -> int:
+    """The divisor of `of` that lies closest to `near` (the larger of two equally close)."""
+    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: (abs(d - near), -d))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies changed for longer contexts, as in Hugging Face's `rope_scaling`."""
+
+    rope_type: Literal["linear", "llama3"] = "llama3"
+    """`linear` divides positions by `factor`; `llama3` scales by wavelength (Llama 3.1)."""
+    factor: float = 8.0
+    """Ratio of the new context to the old one."""
+    low_freq_factor: float = 1.0
+    """llama3 only: wavelengths above original_seq_len / this are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3 only: wavelengths below original_seq_len / this are kept."""
+    original_seq_len: int = 8192
+    """llama3 only: context of the model before scaling, in tokens."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model.rope_scaling",
+            factor=self.factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            original_seq_len=self.original_seq_len,
+        )
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                "model.rope_scaling.high_freq_factor must exceed low_freq_factor; found "
+                f"{self.high_freq_factor} and {self.low_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The shape of a Llama-2 model. Defaults are TinyLlama-1.1B (jzhang38/TinyLlama:lit_gpt/config.py)."""
+
+    vocab_size: int = 32_000
+    """Entries of the tokenizer, and rows of embedding and head."""
+    n_layer: int = 22
+    """Transformer blocks."""
+    d_model: int = 2048
+    """Width of the residual stream."""
+    n_head: int = 32
+    """Query heads."""
+    n_kv_head: int = 4
+    """Key and value heads (grouped-query attention)."""
+    d_ff: int = 5632
+    """Width of the SwiGLU."""
+    d_head: int | None = None
+    """Size of one head; absent: d_model / n_head."""
+    seq_len: int = 2048
+    """Context in tokens: length of a training sequence, and the longest that is promised."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Absent: the plain rotary embedding of Llama 2."""
+    tie_embeddings: bool = False
+    """Whether embedding and head are one matrix."""
+    init: Literal["tinyllama", "normal"] = "tinyllama"
+    """`tinyllama`: std sqrt(2/(5 d)), and 1/(sqrt(d) L) for attention output and MLP down; `normal`: `init_std`."""
+    init_std: float = 0.02
+    """Standard deviation of `init = "normal"` (transformers' default)."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model",
+            vocab_size=self.vocab_size,
+            n_layer=self.n_layer,
+            d_model=self.d_model,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            d_ff=self.d_ff,
+            seq_len=self.seq_len,
+            norm_eps=self.norm_eps,
+            rope_theta=self.rope_theta,
+            init_std=self.init_std,
+        )
+        if self.d_head is None and self.d_model % self.n_head:
+            raise ConfigError(
+                f"model.n_head ({self.n_head}) must divide model.d_model ({self.d_model}); "
+                f"nearest valid: {nearest_divisor(self.d_model, self.n_head)}"
+            )
+        if self.n_head % self.n_kv_head:
+            raise ConfigError(
+                f"model.n_kv_head ({self.n_kv_head}) must divide model.n_head ({self.n_head}); "
+                f"nearest valid: {nearest_divisor(self.n_head, self.n_kv_head)}"
+            )
+        if self.head_size % 2:
+            raise ConfigError(
+                f"the head size must be even for rotary embeddings; found {self.head_size}: "
+                "change model.d_head, model.d_model or model.n_head"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head (D)."""
+        return self.d_head if self.d_head is not None else self.d_model // self.n_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One named source of documents and the cap on what is taken from it."""
+
+    name: str
+    """Name used in mixtures, shards and metrics."""
+    corpus: str
+    """`local:prose`, `local:code`, `files:GLOB` or `hf:NAME[:CONFIG]` (data/corpora.py)."""
+    limit_mb: float | None = None
+    """Take at most this many megabytes (10^6 bytes of UTF-8 text); absent: everything."""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ConfigError(f"data.sources.name must be an identifier; found {self.name!r}")
+        if self.corpus.partition(":")[0] not in ("local", "files", "hf"):
+            raise ConfigError(
+                f"data.sources.corpus must begin with local:, files: or hf:; found {self.corpus!r} (source {self.name})"
+            )
+        if self.limit_mb is not None:
+            _positive(f"data.sources.{self.name}", limit_mb=self.limit_mb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from: sources, tokenizer, boundaries, validation split."""
+
+    sources: tuple[Source, ...] = (
+        Source(name="prose", corpus="local:prose"),
+        Source(name="code", corpus="local:code"),
+    )
+    """Named sources; a stage's mixture gives their shares."""
+    path: str | None = None
+    """Folder of prepared shards; absent: TINYLAB_HOME/data/<digest of this section>."""
+    tokenizer: str = "train"
+    """`train` a Llama-style BPE on the sources, or a folder or file that holds a tokenizer."""
+    vocab_size: int = 4096
+    """Entries of a trained tokenizer; a given tokenizer must have exactly this many."""
+    boundary: Literal["eos", "bos", "bos_eos"] = "eos"
+    """Ids set around each document: `eos` after it (TinyLlama), `bos` before it, or both."""
+    validation_fraction: float = 0.01
+    """Share of documents (by hash of their text) held out of training."""
+    document_mask: bool = False
+    """Whether attention stays inside a document and the loss skips its boundary."""
+    seed: int = 1234
+    """Key of the validation split and of the order of documents in the shards."""
+
+    def __post_init__(self) -> None:
+        _positive("data", vocab_size=self.vocab_size)
+        if not self.sources:
+            raise ConfigError("data.sources must name at least one source; found none")
+        names = [s.name for s in self.sources]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ConfigError(f"data.sources must have different names; found twice: {', '.join(twice)}")
+        if not 0 < self.validation_fraction < 0.5:
+            raise ConfigError(
+                f"data.validation_fraction must lie between 0 and 0.5 (both excluded); found {self.validation_fraction}"
+            )
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, in order."""
+        return tuple(s.name for s in self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of a run with one mixture, one learning-rate segment and one batch size."""
+
+    name: str = "pretrain"
+    """Name in metrics, journal and figures."""
+    tokens: int = 3_000_000_000_000
+    """Length in tokens over all ranks; rounded up to whole steps."""
+    batch_tokens: int = 2_097_152
+    """Tokens per optimizer step, summed over all ranks and micro-batches. TinyLlama: 1,024 sequences of 2,048 (jzhang38/TinyLlama:README.md)."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Share of each source in this stage's samples, any positive scale; empty: equal shares."""
+    ramp_tokens: int = 0
+    """The mixture moves linearly from the previous stage's over this many tokens, then stays."""
+    lr: Literal["schedule", "constant", "linear", "cosine"] = "schedule"
+    """`schedule` follows the run's schedule; the others are a segment of this stage's own."""
+    lr_end: float | None = None
+    """End of a linear or cosine segment as a fraction of optimizer.lr; absent: the schedule's end."""
+
+    def __post_init__(self) -> None:
+        _positive(f"stages.{self.name}", tokens=self.tokens, batch_tokens=self.batch_tokens)
+        if self.ramp_tokens < 0 or self.ramp_tokens > self.tokens:
+            raise ConfigError(
+                f"stages.{self.name}.ramp_tokens must lie between 0 and the stage's tokens ({self.tokens}); "
+                f"found {self.ramp_tokens}"
+            )
+        bad = {k: v for k, v in self.mixture.items() if not (math.isfinite(v) and v >= 0)}
+        if bad or (self.mixture and not sum(self.mixture.values()) > 0):
+            raise ConfigError(
+                f"stages.{self.name}.mixture must hold finite shares of at least 0 with a positive sum; "
+                f"found {bad or self.mixture}"
+            )
+        if self.lr_end is not None and not 0 <= self.lr_end <= 1:
+            raise ConfigError(
+                f"stages.{self.name}.lr_end must lie between 0 and 1 (a fraction of optimizer.lr); found {self.lr_end}"
+            )
+        if self.lr_end is not None and self.lr not in ("linear", "cosine"):
+            raise ConfigError(
+                f'stages.{self.name}.lr_end needs stages.{self.name}.lr = "linear" or "cosine"; found lr = "{self.lr}"'
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage: tokens / batch_tokens, rounded up."""
+        return -(-self.tokens // self.batch_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The run's learning rate over its tokens, as fractions of optimizer.lr."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; `wsd` is constant, then linear over the last `decay_fraction`."""
+    warmup_tokens: int = 2000 * 2_097_152
+    """Linear rise from 0 over the first tokens of the run. TinyLlama: 2,000 steps."""
+    end: float = 0.1
+    """Rate at the end as a fraction of the peak. TinyLlama: 4e-5 of 4e-4."""
+    decay_fraction: float = 0.2
+    """wsd only: share of the run's tokens that decay."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_tokens < 0:
+            raise ConfigError(f"schedule.warmup_tokens must be at least 0; found {self.warmup_tokens}")
+        if self.kind != "constant" and not 0 <= self.end < 1:
+            raise ConfigError(
+                f"schedule.end must lie below 1 (and at 0 or above), or the rate does not decay; found {self.end}. "
+                'Set schedule.kind = "constant" for a rate that stays'
+            )
+        if not 0 < self.decay_fraction <= 1:
+            raise ConfigError(f"schedule.decay_fraction must lie above 0 and at most 1; found {self.decay_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW. Defaults are TinyLlama's (jzhang38/TinyLlama:pretrain/tinyllama.py) but for `decay` and `clip_norm`."""
+
+    lr: float = 4e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the decayed group."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """Which parameters decay: `matrices` spares norms and embedding; `all` is TinyLlama's original."""
+    clip_norm: float | None = None
+    """Gradients are scaled down to this global norm; absent: no clipping. TinyLlama: 1.0."""
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", lr=self.lr, eps=self.eps)
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"optimizer.betas must lie in [0, 1); found {self.betas}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"optimizer.weight_decay must be finite and at least 0; found {self.weight_decay}")
+        if self.clip_norm is not None:
+            _positive("optimizer", clip_norm=self.clip_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the work of one step is laid out on devices; nothing here changes which samples a step has."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where it works."""
+    micro_batch: int = 8
+    """Sequences per forward pass on one rank; fewer where a rank's share of the batch is smaller."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` is autocast over fp32 weights; `auto` takes it where the device computes in it natively."""
+    compile: bool = False
+    """Whether torch.compile is used; pays back after a few hundred steps."""
+    threads: int | None = None
+    """CPU threads per rank; absent: the machine's cores over its ranks. Changes the last bits of weights."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Several ranks: `ddp` replicates, `fsdp` shards (FSDP2); `auto`: ddp on the CPU, fsdp on GPUs."""
+
+    def __post_init__(self) -> None:
+        _positive("parallel", micro_batch=self.micro_batch)
+        if self.threads is not None:
+            _positive("parallel", threads=self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When checkpoints are committed, and which are kept."""
+
+    every_tokens: int = 10_000_000_000
+    """Tokens between checkpoints; always one at the end of each stage and of the run."""
+    early: bool = True
+    """Also at steps 1, 2, 4, 8, … below the first regular one, where learning is fastest."""
+    keep: int | None = None
+    """Newest regular checkpoints to keep; early, stage-end and milestone ones stay. Absent: all."""
+
+    def __post_init__(self) -> None:
+        _positive("saving", every_tokens=self.every_tokens)
+        if self.keep is not None and self.keep < 1:
+            raise ConfigError(f"saving.keep must be at least 1, or absent to keep all; found {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The loss on held-out documents."""
+
+    every_tokens: int = 10_000_000_000
+    """Tokens between measurements; also after the first step and after the last one."""
+    sequences: int = 800
+    """Validation sequences per measurement, always the same; fewer if the split has fewer."""
+
+    def __post_init__(self) -> None:
+        _positive("validation", every_tokens=self.every_tokens, sequences=self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. `config.toml` of a run folder is exactly this."""
+
+    preset: str = "custom"
+    """Name of the preset that this configuration started from."""
+    seed: int = 3407
+    """Key of the weights' initialization and of the order of samples (TinyLlama: 3407)."""
+    model: Model = Model()
+    data: Data = Data()
+    stages: tuple[Stage, ...] = (Stage(),)
+    """Stretches of the run, in order."""
+    schedule: Schedule = Schedule()
+    optimizer: Optimizer = Optimizer()
+    parallel: Parallel = Parallel()
+    saving: Saving = Saving()
+    validation: Validation = Validation()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie between 0 and 2^63 - 1; found {self.seed}")
+        if self.model.vocab_size != self.data.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size ({self.model.vocab_size}) must equal data.vocab_size ({self.data.vocab_size}); "
+                "set both to the tokenizer's number of entries"
+            )
+        if not self.stages:
+            raise ConfigError("stages must hold at least one stage; found none")
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"stages must have different names; found {', '.join(names)}")
+        seq_len = self.model.seq_len
+        for stage in self.stages:
+            if stage.batch_tokens % seq_len:
+                low = max(stage.batch_tokens // seq_len, 1) * seq_len
+                raise ConfigError(
+                    f"stages.{stage.name}.batch_tokens ({stage.batch_tokens}) must be a multiple of model.seq_len "
+                    f"({seq_len}); nearest valid: {low} or {low + seq_len}"
+                )
+            unknown = sorted(set(stage.mixture) - set(self.data.source_names))
+            if unknown:
+                raise ConfigError(
+                    f"stages.{stage.name}.mixture names unknown sources: {', '.join(unknown)}; "
+                    f"data.sources has {', '.join(self.data.source_names)}"
+                )
+        if self.schedule.kind != "constant" and self.schedule.warmup_tokens >= self.tokens:
+            raise ConfigError(
+                f"schedule.warmup_tokens ({self.schedule.warmup_tokens}) must be less than the run's tokens "
+                f"({self.tokens}); shorten the warm-up or lengthen the run"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(s.steps for s in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run, over all ranks: every stage in whole steps."""
+        return sum(s.steps * s.batch_tokens for s in self.stages)
+
+    def stage_bounds(self) -> tuple[tuple[int, int], ...]:
+        """(first step, last step) of each stage; steps count from 1."""
+        bounds, first = [], 1
+        for stage in self.stages:
+            bounds.append((first, first + stage.steps - 1))
+            first += stage.steps
+        return tuple(bounds)
+
+    def stage_index(self, step: int) -> int:
+        """Index of the stage that step `step` (from 1) belongs to. Raises ConfigError outside the run."""
+        for i, (first, last) in enumerate(self.stage_bounds()):
+            if first <= step <= last:
+                return i
+        raise ConfigError(f"step must lie between 1 and {self.steps}, the length of the run; found {step}")
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens consumed after step `step`; 0 for step 0."""
+        tokens = 0
+        for stage, (first, last) in zip(self.stages, self.stage_bounds(), strict=True):
+            tokens += max(0, min(step, last) - first + 1) * stage.batch_tokens
+        return tokens
+
+    def mixture(self, index: int) -> dict[str, float]:
+        """Shares of every source in stage `index` after its ramp, summing to 1; equal shares if none are given."""
+        given = self.stages[index].mixture or dict.fromkeys(self.data.source_names, 1.0)
+        total = sum(given.values())
+        return {n: given.get(n, 0.0) / total for n in self.data.source_names}

@@ -1,0 +1,1 @@
+"""Scores with error bars."""

@@ -1,0 +1,1 @@
+"""The Llama model and what it costs."""

@@ -1,0 +1,1 @@
+"""Where a run lives: its folder, metrics and manifests. Standard library only."""

@@ -1,0 +1,189 @@
+"""A run is a folder: paths, lock, status with heartbeat, journal, and what views read from it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinylab.config.io import load_run, run_to_toml
+from tinylab.config.schema import RunConfig
+from tinylab.errors import CheckpointError, NothingFoundError
+from tinylab.runs.durable import append_line, disk_error, read_lines, repair_tail, write_atomic
+
+if TYPE_CHECKING:
+    import pandas
+
+STALE_HEARTBEAT_S = 120.0
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def home() -> Path:
+    """The folder that holds `data/` and `runs/`: TINYLAB_HOME, or the current folder."""
+    return Path(os.environ.get("TINYLAB_HOME") or ".").absolute()
+
+
+def resolve_run(name: str | Path) -> Path:
+    """The folder of a run given as a path, or as a name below `runs/`."""
+    text = str(name)
+    is_path = os.sep in text or text.startswith(("~", ".")) or (Path(text) / "config.toml").exists()
+    return Path(text).expanduser().absolute() if is_path else home() / "runs" / text
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder: `step-00000500`."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder name, as an integer; None for any other name."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+class Run:
+    """One run folder, read by every view and written by its trainer.
+
+    `.config`, `.metrics()`, `.checkpoints()`, `.status()` and `.journal()` read; nothing here talks to a trainer.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = resolve_run(path)
+        self.config_path = self.path / "config.toml"
+        self.provenance_path = self.path / "provenance.json"
+        self.journal_path = self.path / "journal.jsonl"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.status_path = self.path / "status.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.evaluations_path = self.path / "evaluations"
+        self.logs_path = self.path / "logs"
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that of its folder."""
+        return self.path.name
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run (it has a configuration)."""
+        return self.config_path.exists()
+
+    def require(self) -> Run:
+        """This run, or NothingFoundError when the folder holds none."""
+        if not self.exists():
+            raise NothingFoundError(
+                f"{self.path} must hold a run (config.toml); found none. Start one: tinylab train {self.path}"
+            )
+        return self
+
+    @property
+    def config(self) -> RunConfig:
+        """The whole resolved configuration."""
+        return load_run(self.require().config_path)
+
+    def create(self, config: RunConfig, provenance: dict[str, Any]) -> None:
+        """Make the folder with its configuration and provenance, private to the user."""
+        try:
+            for folder in (self.path, self.checkpoints_path, self.logs_path, self.evaluations_path):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        write_atomic(self.provenance_path, json.dumps(provenance, indent=1))
+        write_atomic(self.config_path, run_to_toml(config))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one trainer; the kernel frees it however the process ends.
+
+        Raises CheckpointError naming the holder when another process trains here.
+        """
+        path = self.path / "lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise disk_error(path, error) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.read(descriptor, 200).decode(errors="replace") or "unknown"
+                raise CheckpointError(
+                    f"{self.path} must have one trainer at a time; found another ({holder}). "
+                    "Wait for it, stop it, or choose another run folder"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def write_status(self, state: str, step: int, **more: Any) -> None:
+        """Replace `status.json`: state (`running`, `done`, `stopped`, `failed`), step, pid, host, heartbeat (Unix s)."""
+        record = {"state": state, "step": step, "pid": os.getpid(), "host": socket.gethostname()}
+        record |= {"heartbeat": time.time(), **more}
+        write_atomic(self.status_path, json.dumps(record), sync=False)
+
+    def status(self) -> dict[str, Any]:
+        """The last status; `state` is `lost` when it says running but the heartbeat is stale or the process is gone."""
+        try:
+            status = json.loads(self.status_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {"state": "none", "step": 0}
+        if status.get("state") == "running" and not self._is_alive(status):
+            status["state"] = "lost"
+        return status
+
+    @staticmethod
+    def _is_alive(status: dict[str, Any]) -> bool:
+        if status.get("host") == socket.gethostname():
+            try:
+                os.kill(int(status["pid"]), 0)
+            except ProcessLookupError:
+                return False
+            except PermissionError:
+                return True
+        return time.time() - status.get("heartbeat", 0.0) < STALE_HEARTBEAT_S
+
+    def write_journal(self, event: str, **more: Any) -> None:
+        """Append one fsynced line: event, time (Unix s), and what belongs to it."""
+        append_line(self.journal_path, {"event": event, "time": time.time(), **more}, sync=True)
+
+    def repair_journal(self) -> None:
+        """Cut a torn last line, as a kill in the middle of an append leaves it."""
+        repair_tail(self.journal_path)
+
+    def journal(self) -> list[dict[str, Any]]:
+        """Every complete journal line, oldest first."""
+        return read_lines(self.journal_path)[0]
+
+    def metrics(self) -> pandas.DataFrame:
+        """One row per optimizer step (runs/metrics.py names the columns and units)."""
+        import pandas
+
+        return pandas.DataFrame(self.metric_records())
+
+    def metric_records(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` as dictionaries."""
+        return read_lines(self.metrics_path)[0]
+
+    def checkpoints(self) -> list[Path]:
+        """Folders of complete checkpoints (they have a manifest), by step as an integer, oldest first."""
+        if not self.checkpoints_path.is_dir():
+            return []
+        found = [(step_of(p.name), p) for p in self.checkpoints_path.iterdir() if (p / "manifest.json").is_file()]
+        return [path for _, path in sorted((s, p) for s, p in found if s is not None)]
+
+
+def list_runs(root: Path | None = None) -> list[Run]:
+    """Every run below `root` (default: `runs/` in the home folder), by name."""
+    root = root or home() / "runs"
+    return [Run(p.parent) for p in sorted(root.glob("*/config.toml"))] if root.is_dir() else []

@@ -1,0 +1,1 @@
+"""Forms over plain functions, each with a static twin."""
