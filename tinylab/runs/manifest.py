@@ -38,8 +38,11 @@ def temporary_folder(target: Path) -> Path:
     return folder
 
 
-def commit_folder(temporary: Path, target: Path) -> None:
-    """Fsync every file, write the manifest last, and rename `temporary` to `target`, which must not exist."""
+def commit_folder(temporary: Path, target: Path, extra: dict[str, Any] | None = None) -> None:
+    """Fsync every file, write the manifest last, and rename `temporary` to `target`, which must not exist.
+
+    `extra` keys stand in the manifest beside `files`.
+    """
     if target.exists():
         raise CheckpointError(f"{target} must not exist before it is committed; move it aside and repeat the command")
     try:
@@ -50,7 +53,7 @@ def commit_folder(temporary: Path, target: Path) -> None:
         entries = {
             p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
         }
-        write_atomic(temporary / MANIFEST, json.dumps({"version": 1, "files": entries}, indent=1))
+        write_atomic(temporary / MANIFEST, json.dumps({"version": 1, **(extra or {}), "files": entries}, indent=1))
         for folder in {p.parent for p in files}:
             fsync_path(folder)
         failpoint("commit.manifest_written")
