@@ -1,0 +1,289 @@
+"""Read what torch.save wrote without unpickling: an interpreter of 40 opcodes that can only build plain data.
+
+`read` knows dictionaries, lists, tuples, numbers, text, tensors and nothing else. It imports nothing, calls
+nothing that the file names, and stops with a CheckpointError at the first global or opcode outside its lists.
+Source of the format: Python's pickletools; the globals are those that torch.save writes for a state dict.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+from tinylab.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 16 * 2**20
+"""TinyLlama's own checkpoint with its optimizer needs about 100 KB."""
+MAX_OPCODES = 1_000_000
+"""About 25,000 for the same file; a million take about two seconds."""
+
+STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+"""Storage classes of module `torch`, and the dtype of their elements."""
+_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
+_PARAMETER = ("torch._utils", "_rebuild_parameter")
+_ORDERED = ("collections", "OrderedDict")
+_SIZE = ("torch", "Size")
+ALLOWED = frozenset({_TENSOR, _PARAMETER, _ORDERED, _SIZE} | {("torch", name) for name in STORAGES})
+"""Every (module, name) that may stand in a pickle."""
+
+
+class Global(NamedTuple):
+    """A name in the pickle; never looked up."""
+
+    module: str
+    name: str
+
+
+class Storage(NamedTuple):
+    """The bytes of one or several tensors: member `data/KEY` of the archive."""
+
+    dtype: str
+    key: str
+    numel: int
+
+
+class TensorSpec(NamedTuple):
+    """A strided view of a storage, in elements; not checked against the storage yet."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Mark:
+    """Where a group of items begins on the stack."""
+
+
+_MARK = _Mark()
+_KEYS = (str, int, float, bool, type(None))
+
+
+def read(data: bytes, where: str) -> Any:
+    """The plain value in pickle `data`, with a TensorSpec for every tensor. `where` names the file in errors.
+
+    Raises CheckpointError for anything but plain data and tensors, and for broken or oversized pickles.
+    """
+    if len(data) > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"{where} must be at most {MAX_PICKLE_BYTES} bytes; found {len(data)}: not a state dict")
+    reader = _Reader(where)
+    try:
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+            if count >= MAX_OPCODES:
+                raise CheckpointError(f"{where} must have at most {MAX_OPCODES} opcodes: not a state dict")
+            if opcode.name == "STOP":
+                rest = len(data) - (position or 0) - 1
+                if rest:
+                    raise CheckpointError(f"{where} must end with its pickle; found {rest} bytes more")
+                return reader.result()
+            reader.step(opcode.name, argument)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, MemoryError) as error:
+        raise CheckpointError(f"{where} must be a whole pickle; found a broken one ({error}). Copy it again") from None
+    raise CheckpointError(f"{where} must be a whole pickle; found no end. Copy it again")
+
+
+class _Reader:
+    """The stack machine. Opcodes that are not methods `op_NAME` or in the tables are refused."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def refuse(self, what: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.where} must hold tensors and plain values only; found {what}. A pickle can run any code, so "
+            "nothing of it was executed. Do not open this file elsewhere unless you trust its source; "
+            "ask for safetensors"
+        )
+
+    def step(self, name: str, argument: Any) -> None:
+        """Execute one opcode."""
+        if name in _IGNORED:
+            return
+        if name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _VALUES:
+            self.stack.append(argument)
+        elif name in _EMPTY:
+            self.stack.append(_EMPTY[name]())
+        elif name in _TUPLES:
+            self.stack.append(tuple(self.pop(_TUPLES[name])))
+        else:
+            method = getattr(self, f"op_{name}", None)
+            if method is None:
+                self.refuse(f"the opcode {name}")
+            method(argument)
+
+    def result(self) -> Any:
+        if len(self.stack) != 1:
+            raise ValueError("no single result")
+        return self.stack[0]
+
+    def pop(self, count: int) -> list[Any]:
+        """The last `count` items, none of them a mark."""
+        if len(self.stack) < count:
+            raise ValueError("an empty stack")
+        items = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        if any(item is _MARK for item in items):
+            raise ValueError("a mark where a value must be")
+        return items
+
+    def pop_mark(self) -> list[Any]:
+        """The items above the last mark."""
+        for i in range(len(self.stack) - 1, -1, -1):
+            if self.stack[i] is _MARK:
+                items = self.stack[i + 1 :]
+                del self.stack[i:]
+                return items
+        raise ValueError("no mark")
+
+    def fill(self, pairs: list[Any]) -> None:
+        """Put alternating keys and values into the dictionary on top of the stack."""
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(pairs) % 2:
+            raise ValueError("items set where no dictionary is")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if not isinstance(key, _KEYS):
+                self.refuse(f"a dictionary key of type {type(key).__name__}")
+            target[key] = value
+
+    def extend(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("items appended where no list is")
+        self.stack[-1].extend(items)
+
+    def remember(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def named(self, module: Any, name: Any) -> None:
+        if (module, name) not in ALLOWED:
+            self.refuse(f"the global {str(module)[:100]}.{str(name)[:100]}")
+        self.stack.append(Global(module, name))
+
+    def op_MARK(self, _: Any) -> None:
+        self.stack.append(_MARK)
+
+    def op_POP(self, _: Any) -> None:
+        self.stack.pop()
+
+    def op_TUPLE(self, _: Any) -> None:
+        self.stack.append(tuple(self.pop_mark()))
+
+    def op_APPEND(self, _: Any) -> None:
+        self.extend(self.pop(1))
+
+    def op_APPENDS(self, _: Any) -> None:
+        self.extend(self.pop_mark())
+
+    def op_SETITEM(self, _: Any) -> None:
+        self.fill(self.pop(2))
+
+    def op_SETITEMS(self, _: Any) -> None:
+        self.fill(self.pop_mark())
+
+    def op_MEMOIZE(self, _: Any) -> None:
+        self.remember(len(self.memo))
+
+    def op_BINPUT(self, index: int) -> None:
+        self.remember(index)
+
+    op_LONG_BINPUT = op_BINPUT
+
+    def op_BINGET(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    op_LONG_BINGET = op_BINGET
+
+    def op_GLOBAL(self, argument: str) -> None:
+        module, _, name = argument.partition(" ")
+        self.named(module, name)
+
+    def op_STACK_GLOBAL(self, _: Any) -> None:
+        self.named(*self.pop(2))
+
+    def op_BINPERSID(self, _: Any) -> None:
+        (identity,) = self.pop(1)
+        if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
+            self.refuse("a persistent identifier that is no torch storage")
+        _, kind, key, _, numel = identity
+        if not (isinstance(kind, Global) and kind.name in STORAGES and isinstance(key, str) and _is_count(numel)):
+            self.refuse("a malformed torch storage")
+        self.stack.append(Storage(STORAGES[kind.name], key, numel))
+
+    def op_BUILD(self, _: Any) -> None:
+        target, state = self.pop(2)
+        if not (isinstance(target, dict) and isinstance(state, dict)):  # only a module's OrderedDict has `_metadata`
+            self.refuse(f"attributes set on a {type(target).__name__}")
+        self.stack.append(target)
+
+    def op_REDUCE(self, _: Any) -> None:
+        function, arguments = self.pop(2)
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
+            self.refuse(f"a call of a {type(function).__name__}")
+        self.stack.append(_CALLS.get(function, _not_callable)(self, arguments))
+
+    def ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        if arguments:
+            self.refuse("an OrderedDict made from arguments")
+        return {}
+
+    def size(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
+        (shape,) = arguments
+        return _counts(shape)
+
+    def tensor(self, arguments: tuple[Any, ...]) -> TensorSpec:
+        storage, offset, shape, stride = arguments[:4]
+        if not isinstance(storage, Storage) or not _is_count(offset):
+            self.refuse("a malformed tensor")
+        spec = TensorSpec(storage, offset, _counts(shape), _counts(stride))
+        if len(spec.shape) != len(spec.stride) or len(spec.shape) > 8:
+            self.refuse("a malformed tensor")
+        return spec
+
+    def parameter(self, arguments: tuple[Any, ...]) -> TensorSpec:
+        if not isinstance(arguments[0], TensorSpec):
+            self.refuse("a parameter that is no tensor")
+        return arguments[0]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple) or not all(_is_count(v) for v in values):
+        raise ValueError("a malformed shape")
+    return values
+
+
+def _not_callable(reader: _Reader, arguments: tuple[Any, ...]) -> NoReturn:
+    reader.refuse("a call of a torch storage class")
+
+
+_IGNORED = frozenset({"PROTO", "FRAME"})
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_VALUES = frozenset(
+    {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+)
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CALLS: dict[Any, Callable[[_Reader, tuple[Any, ...]], Any]] = {
+    _TENSOR: _Reader.tensor,
+    _PARAMETER: _Reader.parameter,
+    _ORDERED: _Reader.ordered,
+    _SIZE: _Reader.size,
+}
