@@ -1,1 +1,62 @@
-"""tinylab: pretrain small language models and understand what happened."""
+"""tinylab: pretrain small language models and understand what happened.
+
+Importing this package loads nothing heavy: every name below is fetched from its module at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tinylab import plots as plots
+    from tinylab import widgets as widgets
+    from tinylab.checkpoint.reference import load_model as load_model
+    from tinylab.checkpoint.reference import load_tokenizer as load_tokenizer
+    from tinylab.config import presets as presets
+    from tinylab.data.prepare import prepare as prepare
+    from tinylab.evaluate.compare import compare as compare
+    from tinylab.evaluate.harness import evaluate as evaluate
+    from tinylab.evaluate.published import published as published
+    from tinylab.evaluate.store import Scores as Scores
+    from tinylab.model.generate import generate as generate
+    from tinylab.planner import plan as plan
+    from tinylab.runs.folder import Run as Run
+    from tinylab.train.loop import train as train
+
+_NAMES = {
+    "Run": "tinylab.runs.folder:Run",
+    "Scores": "tinylab.evaluate.store:Scores",
+    "compare": "tinylab.evaluate.compare:compare",
+    "evaluate": "tinylab.evaluate",
+    "generate": "tinylab.model.generate:generate",
+    "load_model": "tinylab.checkpoint.reference:load_model",
+    "load_tokenizer": "tinylab.checkpoint.reference:load_tokenizer",
+    "plan": "tinylab.planner:plan",
+    "plots": "tinylab.plots",
+    "prepare": "tinylab.data.prepare:prepare",
+    "presets": "tinylab.config.presets",
+    "published": "tinylab.evaluate.published:published",
+    "train": "tinylab.train",
+    "widgets": "tinylab.widgets",
+}
+"""Public name to `module` or `module:attribute`. `evaluate` and `train` are folders that can be called, too."""
+
+
+def __getattr__(name: str) -> Any:
+    """The public object called `name`, imported now. Raises AttributeError for any other name."""
+    if name not in _NAMES:
+        raise AttributeError(f"module 'tinylab' has no attribute {name!r}")
+    module, _, attribute = _NAMES[name].partition(":")
+    value = importlib.import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
+        globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion."""
+    return sorted([*_NAMES, "__version__"])

@@ -1,0 +1,86 @@
+# Every target does all of its own set-up; a repeat takes a second when nothing changed.
+#   make demo | test | lab | setup | notebooks | stress | bench | bench-gpu | lint | format | clean
+# Variables: PYTHON (default python3, 3.11 or newer); TORCH_INDEX, an extra pip index that offers builds of torch
+# (a CPU build, say); LAB_ARGS, more options for JupyterLab; TINYLAB_HOME, the folder of data/ and runs/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := demo
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+LAB_ARGS ?=
+BIN := .venv/bin
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+CONSTRAINTS := $(if $(GPU),env/constraints.txt,env/constraints-cpu.txt)
+
+# One stamp per content: Python and its version, this folder, the requirements and the pins.
+KEYS := $(shell $(PYTHON) -c "import hashlib, os, pathlib, sys; \
+	assert sys.version_info >= (3, 11); \
+	python = hashlib.sha256(repr((sys.version, sys.base_prefix, os.getcwd())).encode()); \
+	print(python.hexdigest()[:12]); \
+	[python.update(pathlib.Path(p).read_bytes()) for p in ('pyproject.toml', 'env/constraints.txt', 'env/constraints-cpu.txt')]; \
+	python.update(b'$(CONSTRAINTS)'); \
+	print(python.hexdigest()[:12])" 2>/dev/null)
+VENV := .venv/.python-$(word 1,$(KEYS))
+STAMP := .venv/.setup-$(word 2,$(KEYS))
+
+.PHONY: setup demo test lab notebooks stress bench bench-gpu lint format clean
+
+setup: $(STAMP)
+
+$(VENV):
+	@test -n "$(KEYS)" || { echo "$(PYTHON) must be Python 3.11 or newer (make PYTHON=/path/to/python3.11 …)" >&2; exit 2; }
+	@# Keep an environment that this Python made in this folder; otherwise (moved, copied, another Python) make it anew.
+	@version=$$($(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])"); \
+	$(BIN)/pip --version 2>/dev/null | grep -qF "$(CURDIR)/.venv/lib/python$$version/" \
+	  || { echo "making .venv with Python $$version"; $(PYTHON) -m venv --clear .venv; }
+	@rm -f .venv/.python-* && touch $@
+
+$(STAMP): $(VENV)
+	@echo "installing into .venv with the pins of $(CONSTRAINTS) (minutes the first time)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --progress-bar off \
+	  -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -e ".[notebook,evaluate,dev]"
+	@$(BIN)/python -m ipykernel install --sys-prefix --name tinylab --display-name tinylab >/dev/null
+	@rm -f .venv/.setup-* && touch $@
+	@echo "ready: $(BIN)/tinylab --help"
+
+demo: setup
+	@$(BIN)/tinylab demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not stress and not gpu"
+
+stress: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m stress
+
+# Local only, with Jupyter's token; papermill and the kernel find runs in the folder of this file.
+lab: setup
+	TINYLAB_HOME="$${TINYLAB_HOME:-$(CURDIR)}" $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+	  --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None $(LAB_ARGS)
+
+notebooks: setup
+	@$(BIN)/tinylab demo --again notebooks
+
+bench: setup
+	$(BIN)/tinylab bench train --against transformers
+
+bench-gpu: setup
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/tinylab bench train --against transformers --device cuda
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The environment and caches; never data/ or runs/.
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

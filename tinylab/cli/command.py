@@ -1,0 +1,158 @@
+"""From arguments to an exit code: finds the verb, parses its options with tyro, prints its answer or one message.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 nothing usable found, 130 and 143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+
+import tinylab
+from tinylab.cli.output import Answer, to_json
+from tinylab.errors import EXIT_FAILED, EXIT_USAGE, TinylabError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("machine", "the whole path on this machine, offline: corpus to report"),
+    "doctor": ("machine", "what works here, what does not, and the remedy"),
+    "plan": ("machine", "memory, speed, days and cost of a run before it starts"),
+    "bench": ("machine", "measure side by side with a named peer"),
+    "prepare": ("data", "corpora to tokenizer and token shards"),
+    "batch": ("data", "the samples of a step, and the documents they come from"),
+    "train": ("training", "run, or resume: the same command"),
+    "runs": ("training", "list runs and their state"),
+    "checkpoints": ("checkpoints", "list the checkpoints of runs"),
+    "verify": ("checkpoints", "compare files with their manifests"),
+    "convert": ("checkpoints", "from one checkpoint format to another"),
+    "generate": ("checkpoints", "text from a model"),
+    "evaluate": ("evaluation", "score models and keep every item"),
+    "scores": ("evaluation", "tables of scores with intervals"),
+    "compare": ("evaluation", "two models on the same items, pair by pair"),
+    "run": ("notebooks", "execute a notebook with strict parameters"),
+    "report": ("notebooks", "runs as one offline HTML file"),
+}
+"""Verb to its module in tinylab/cli and one line of help. The function in the module is called `<verb>_verb`."""
+
+COMMON = """options of every verb:
+  --json     one JSON document on standard output; progress and messages stay on standard error
+  --debug    with an error, show where it came from
+  --help     the verb's own options"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: that of this process) and return its exit code; never raises for a user's error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug, as_json = _take(arguments, "--debug"), _take(arguments, "--json")
+    try:
+        return _show(_dispatch(arguments, as_json), as_json)
+    except KeyboardInterrupt:
+        return _fail("stopped by interrupt", 130, debug)
+    except TinylabError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except ModuleNotFoundError as error:
+        return _fail(_missing_module(error), EXIT_FAILED, debug)
+    except OSError as error:
+        return _fail(_system_message(error), EXIT_FAILED, debug)
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        return _fail(f"{detail}\nThis is a defect of tinylab: repeat with --debug and report it", EXIT_FAILED, debug)
+
+
+def _take(arguments: list[str], option: str) -> bool:
+    """Whether `option` is among the arguments; it is removed from them."""
+    present = option in arguments
+    arguments[:] = [a for a in arguments if a != option]
+    return present
+
+
+def _dispatch(arguments: list[str], as_json: bool) -> Answer:
+    """The answer of the verb that `arguments` name."""
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("--help", "-h", "help"):
+        return Answer({"verbs": {name: line for name, (_, line) in VERBS.items()}}, usage())
+    if verb in ("--version", "-V"):
+        return Answer({"version": tinylab.__version__}, tinylab.__version__)
+    if verb not in VERBS:
+        print(f"tinylab: {_unknown_verb(verb)}", file=sys.stderr)
+        return Answer(None, "", EXIT_USAGE)
+    import tyro
+
+    parse = _bound(_verb_function(verb))
+    try:
+        call = tyro.cli(parse, prog=f"tinylab {verb}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:  # help was printed, or the error on standard error
+        return Answer(None, "", int(stop.code or 0))
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        return call()
+
+
+def _verb_function(verb: str) -> Callable[..., Answer]:
+    return getattr(importlib.import_module(f"tinylab.cli.{VERBS[verb][0]}"), f"{verb}_verb")
+
+
+def _bound(function: Callable[..., Answer]) -> Callable[..., Callable[[], Answer]]:
+    """The same signature and help, but a call only binds: wrong usage is told from an error of the work itself."""
+
+    @wraps(function)
+    def bind(*args: object, **kwargs: object) -> Callable[[], Answer]:
+        return partial(function, *args, **kwargs)
+
+    return bind
+
+
+def usage() -> str:
+    """The help of the whole command, on one screen."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name.ljust(width)}  {line}" for name, (_, line) in VERBS.items())
+    return (
+        "usage: tinylab VERB [ARGUMENTS] [OPTIONS]     (also: tinylab --version)\n\n"
+        f"verbs:\n{verbs}\n\n{COMMON}\n\n"
+        "RUN is a path, or a name below runs/ in TINYLAB_HOME (default: the current folder).\n"
+        "REF is a model: a folder, RUN, RUN@STEP, RUN@1.5M (tokens).\n"
+        "First steps: tinylab demo, then: tinylab train mine --preset tiny --tokens 2M"
+    )
+
+
+def _unknown_verb(verb: str) -> str:
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"the verb must be one of {', '.join(VERBS)}; found {verb!r}. {hint}See tinylab --help"
+
+
+def _missing_module(error: ModuleNotFoundError) -> str:
+    name = (error.name or "").partition(".")[0]
+    if name == "tinylab":
+        return f"this installation of tinylab lacks {error.name}: install it again (make setup)"
+    return f"the package {name} must be installed for this; found none. Run: pip install -e '.[notebook,evaluate]'"
+
+
+def _system_message(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the room on its disk"
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    """Print one message on standard error (and with `debug` the traceback) and return the exit code."""
+    if debug:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):
+        print(f"tinylab: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _show(answer: Answer, as_json: bool) -> int:
+    """Print the answer. A reader that left (`| head`) changes nothing about the work or its exit code."""
+    text = to_json(answer.document) if as_json and answer.document is not None else answer.text
+    try:
+        if text:
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return answer.exit_code

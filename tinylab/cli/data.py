@@ -1,0 +1,110 @@
+"""Verbs `prepare` and `batch`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import UseAppendAction, arg
+
+from tinylab.cli.output import Answer, byte_count, table, token_count
+from tinylab.config import presets
+from tinylab.config.io import load_run, override
+from tinylab.config.schema import Data, Source
+from tinylab.errors import ConfigError
+from tinylab.runs.folder import Run
+
+
+def prepare_verb(
+    path: Annotated[str | None, arg(metavar="FOLDER")] = None,
+    /,
+    preset: str = "tiny",
+    config: str | None = None,
+    source: UseAppendAction[tuple[str, ...]] = (),
+    limit_mb: float | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    set: UseAppendAction[tuple[str, ...]] = (),
+) -> Answer:
+    """Corpora to tokenizer and token shards; a repeat finds them done.
+
+    Args:
+        path: folder of the shards; default: one below data/ in TINYLAB_HOME, named by what is in it.
+        preset: configuration whose data section is taken.
+        config: TOML file to take it from, instead of a preset.
+        source: NAME=CORPUS instead of the preset's sources; CORPUS is local:prose, local:code, files:GLOB or hf:NAME (once per source).
+        limit_mb: at most this many megabytes of text from each source.
+        tokenizer: train, or a folder or file that holds a tokenizer.
+        vocab_size: entries of the tokenizer.
+        set: override of any key of the configuration, such as data.boundary=bos (once per key).
+    """
+    run = load_run(config) if config else presets.preset(preset)
+    if set:
+        run = override(run, set)
+    data = _with_options(run.data, source, limit_mb, tokenizer, vocab_size)
+    from tinylab.data.prepare import prepare
+
+    shards = prepare(data, path=Path(path).expanduser().absolute() if path else None)
+    rows = [
+        {"split": split, "source": name, **{k: v[k] for k in ("tokens", "documents", "bytes")}, "shards": len(v["shards"])}
+        for split, sources in shards.manifest["splits"].items()
+        for name, v in sources.items()
+    ]
+    document = {
+        "path": str(shards.path),
+        "fingerprint": shards.fingerprint,
+        "tokenizer": shards.manifest["tokenizer"],
+        "splits": rows,
+        "report": shards.manifest.get("report", {}),
+    }
+    train = [r for r in rows if r["split"] == "train"]
+    summary = f"{token_count(sum(r['tokens'] for r in train))} training tokens from {byte_count(sum(r['bytes'] for r in train))}"
+    return Answer(document, f"{shards.path}: {summary}\nfingerprint {shards.fingerprint}\n\n{table(rows)}")
+
+
+def _with_options(
+    data: Data, source: tuple[str, ...], limit_mb: float | None, tokenizer: str | None, vocab_size: int | None
+) -> Data:
+    """The data section with the options that were given put in."""
+    if source:
+        pairs = [s.partition("=") for s in source]
+        wrong = [text for text, (name, equals, corpus) in zip(source, pairs, strict=True) if not (name and equals and corpus)]
+        if wrong:
+            raise ConfigError(f"--source must look like NAME=CORPUS, e.g. books=files:books/*.txt; found {', '.join(wrong)}")
+        data = replace(data, sources=tuple(Source(name=name, corpus=corpus) for name, _, corpus in pairs))
+    if limit_mb is not None:
+        data = replace(data, sources=tuple(replace(s, limit_mb=limit_mb) for s in data.sources))
+    if tokenizer is not None:
+        data = replace(data, tokenizer=tokenizer)
+    return data if vocab_size is None else replace(data, vocab_size=vocab_size)
+
+
+def batch_verb(run: Annotated[str, arg(metavar="RUN")], /, step: int, text: bool = False, limit: int | None = None) -> Answer:
+    """The samples of a step: addresses and the documents they come from. The same answer before, during and after the run.
+
+    Args:
+        run: run folder, or a name below runs/.
+        step: optimizer step, from 1.
+        text: also the decoded text of every sample.
+        limit: show the first samples only.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1; found {limit}")
+    config = Run(run).config
+    stage = config.stages[config.stage_index(step)]
+    from tinylab.data.prepare import prepare
+    from tinylab.data.trace import trace_batch
+
+    samples = trace_batch(config, prepare(config.data), step, text=text)[:limit]
+    document = {"run": str(Run(run).path), "step": step, "stage": stage.name, "samples": samples}
+    lines = [f"step {step}, stage {stage.name}: {stage.batch_tokens // config.model.seq_len} samples of {config.model.seq_len} tokens"]
+    for sample in samples:
+        lines.append(_sample_line(sample))
+        lines += [f"    {d['origin']}" for d in sample["documents"]]
+        lines += ["    | " + line for line in sample.get("text", "").splitlines()]
+    return Answer(document, "\n".join(lines))
+
+
+def _sample_line(sample: dict[str, Any]) -> str:
+    return f"sample {sample['n']}: {sample['source']}, epoch {sample['epoch']}, window {sample['window']}, {len(sample['documents'])} documents"

@@ -1,0 +1,150 @@
+"""Verbs `train` and `runs`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import UseAppendAction, arg
+
+from tinylab.cli.output import Answer, table, token_count
+from tinylab.config import presets
+from tinylab.config.io import load_run, override, parse_count, run_to_dict
+from tinylab.config.schema import RunConfig
+from tinylab.errors import ConfigError, NothingFoundError
+from tinylab.runs.folder import Run, home, list_runs
+
+
+def train_verb(
+    run: Annotated[str, arg(metavar="RUN")],
+    /,
+    preset: str | None = None,
+    config: str | None = None,
+    tokens: str | None = None,
+    save_every: str | None = None,
+    seed: int | None = None,
+    set: UseAppendAction[tuple[str, ...]] = (),
+) -> Answer:
+    """Run, or resume: the same command. On a run that exists, `tinylab train RUN` alone is enough.
+
+    Args:
+        run: run folder, or a name below runs/.
+        preset: configuration to start from: tiny (default), demo, tinyllama_120m, tinyllama_1b, tinyllama_v1_1.
+        config: TOML file to start from, instead of a preset.
+        tokens: length of the run over all ranks, such as 200K or 1.5B; stages and warm-up scale with it.
+        save_every: tokens between checkpoints, such as 50K.
+        seed: key of initialization and data order.
+        set: override of any key, such as optimizer.lr=1e-3 (once per key).
+    """
+    folder = Run(run)
+    given = [preset, config, tokens, save_every, seed]
+    if folder.exists() and all(g is None for g in given) and not set:
+        resolved = folder.config
+    else:
+        resolved = resolve_config(folder, preset, config, tokens, save_every, seed, set)
+    from tinylab.train.loop import train
+
+    train(resolved, folder)
+    summary = run_summary(folder)
+    text = (
+        f"{folder.path}: {summary['state']} at step {summary['step']} of {summary['steps']}, "
+        f"{token_count(summary['tokens'])} tokens, loss {_number(summary['loss'])}, "
+        f"validation {_number(summary['validation_loss'])} nats per token; {summary['checkpoints']} checkpoints"
+    )
+    return Answer(summary, text)
+
+
+def resolve_config(
+    run: Run,
+    preset: str | None,
+    config: str | None,
+    tokens: str | None,
+    save_every: str | None,
+    seed: int | None,
+    assignments: tuple[str, ...],
+) -> RunConfig:
+    """The configuration that these options name.
+
+    Raises ConfigError when they do not fit together, or when `run` exists with another configuration (naming every
+    key that differs).
+    """
+    if preset is not None and config is not None:
+        raise ConfigError("give --preset or --config, not both: each is a whole configuration to start from")
+    if config is not None:
+        base = load_run(config)
+    elif preset is None and run.exists():
+        base = presets.preset(run.config.preset) if run.config.preset in presets.PRESETS else run.config
+    else:
+        base = presets.preset(preset or "tiny")
+    if tokens is not None:
+        base = presets.scale_tokens(base, parse_count(tokens, "--tokens"))
+    if save_every is not None:
+        base = replace(base, saving=replace(base.saving, every_tokens=parse_count(save_every, "--save-every")))
+    if seed is not None:
+        base = replace(base, seed=seed)
+    resolved = override(base, assignments) if assignments else base
+    if run.exists():
+        changes = differences(run.config, resolved)
+        if changes:
+            raise ConfigError(
+                f"{run.path} was started with another configuration: {'; '.join(changes)}. "
+                f"Resume it with its own: tinylab train {run.path}, or choose another run folder"
+            )
+    return resolved
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line per key in which two configurations differ, with both values."""
+    before, after = _flat(run_to_dict(old)), _flat(run_to_dict(new))
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [f"{key} is {before.get(key, 'absent')} there, {after.get(key, 'absent')} here" for key in keys]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value, for every leaf of nested dictionaries and lists."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in pairs for k, v in _flat(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def runs_verb(root: Annotated[str | None, arg(metavar="FOLDER")] = None, /) -> Answer:
+    """List runs with their state, progress and losses.
+
+    Args:
+        root: folder that holds run folders; default: runs/ in TINYLAB_HOME.
+    """
+    place = Path(root).expanduser().absolute() if root else home() / "runs"
+    found = list_runs(place)
+    if not found:
+        raise NothingFoundError(f"{place} must hold run folders; found none. Start one: tinylab train mine")
+    rows = [run_summary(r) for r in found]
+    columns = ["run", "state", "step", "steps", "tokens", "loss", "validation_loss", "checkpoints"]
+    return Answer(rows, table(rows, columns))
+
+
+def run_summary(run: Run) -> dict[str, Any]:
+    """State and progress of a run from its folder: name, path, preset, step of steps, tokens, last losses, heartbeat age in s."""
+    config, status, records = run.config, run.status(), run.metric_records()
+    last = records[-1] if records else {}
+    measured = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
+    heartbeat = status.get("heartbeat")
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "preset": config.preset,
+        "state": status["state"],
+        "step": last.get("step", 0),
+        "steps": config.steps,
+        "tokens": last.get("tokens", 0),
+        "loss": last.get("loss"),
+        "validation_loss": measured[-1] if measured else None,
+        "checkpoints": len(run.checkpoints()),
+        "heartbeat_age_s": round(time.time() - heartbeat, 1) if heartbeat else None,
+    }
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
