@@ -1,0 +1,178 @@
+"""Llama: embedding, blocks of attention and SwiGLU with RMSNorm before each, a final norm, a head.
+
+    x = embed(ids)
+    for each block:  x = x + attn(norm(x));  x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+Touvron et al. 2023; grouped-query attention after Ainslie et al. 2023. Equal to transformers' LlamaForCausalLM, but
+q/k/v are one matrix (rows: all query heads, then all key heads, then all value heads), and gate/up are one.
+Letters: B batch, T tokens, H query heads, K key-value heads, D head size, C model width, F SwiGLU width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tinylab.config.schema import Model
+from tinylab.model.attention import attend, document_mask
+from tinylab.model.functional import rms_norm, swiglu
+from tinylab.model.loss import linear_cross_entropy
+from tinylab.model.rope import RopeTables, apply_rope
+
+if TYPE_CHECKING:
+    from tinylab.model.generate import KVCache
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions: (B, T, C) to (B, T, C)."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
+        heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.d_model, heads * config.head_size, bias=False)
+        self.out = nn.Linear(config.n_head * config.head_size, config.d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_size)
+        turned = apply_rope(heads[:, :, : -self.n_kv_head], *rope)
+        q, k = (h.transpose(1, 2) for h in turned.split((self.n_head, self.n_kv_head), dim=2))
+        v = heads[:, :, -self.n_kv_head :].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        y = attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x)), gate and up being the two halves of one matrix."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each on the normed residual stream and added to it."""
+
+    def __init__(self, config: Model, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache, self.layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """The whole model. Weights are as `torch.nn` leaves them until `init_weights` or a loader fills them."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.rope = RopeTables(config)
+
+    @classmethod
+    def empty(cls, config: Model, device: str | torch.device, dtype: torch.dtype) -> Llama:
+        """The model on a device with its memory set aside but not filled, ready for `init_weights` or a loader."""
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device)
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight
+        return model
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of ids (B, T); with targets (B, T), instead, the sum of their losses in nats (scalar, fp32).
+
+        A target of -100 counts nothing. A cache holds the keys and values of the tokens before `ids`, and takes up
+        theirs. With document_ids (B, T) a token sees only its own document. Logits have the head's dtype.
+        """
+        x = self.hidden(ids, cache=cache, document_ids=document_ids)
+        return self.head(x) if targets is None else linear_cross_entropy(x, self.head.weight, targets)
+
+    def hidden(self, ids: Tensor, *, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """The residual stream after the final norm (B, T, C): what the head reads."""
+        start = 0 if cache is None else cache.length
+        rope = self.rope.at(start, start + ids.shape[1], ids.device)
+        mask = None if document_ids is None else document_mask(document_ids)
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every weight from `seed`, each from a generator of its own name, always drawn on the CPU.
+
+        So the values depend on no global state, order, device or thread count.
+
+        | `init`      | embedding, head, qkv, gate_up | attention out, MLP down | norms |
+        |-------------|-------------------------------|-------------------------|-------|
+        | `tinyllama` | N(0, 2 / (5 C))               | N(0, 1 / (C L²))        | 1     |
+        | `normal`    | N(0, init_std²)               | the same                | 1     |
+
+        The first row is jzhang38/TinyLlama:lit_gpt/model.py.
+        """
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            values = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
+            weight.copy_(values.mul_(self._init_std(name)))
+
+    def _init_std(self, name: str) -> float:
+        """Standard deviation of the initial values of the matrix called `name`."""
+        config = self.config
+        if config.init == "normal":
+            return config.init_std
+        if name.endswith(("attn.out.weight", "mlp.down.weight")):
+            return 1 / (math.sqrt(config.d_model) * config.n_layer)
+        return math.sqrt(2 / (5 * config.d_model))
