@@ -1,0 +1,182 @@
+"""Verbs `checkpoints`, `verify`, `convert` and `generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from tinylab.cli.output import Answer, byte_count, table
+from tinylab.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, NothingFoundError
+from tinylab.runs.durable import read_lines
+from tinylab.runs.folder import Run, list_runs, resolve_run, step_of
+from tinylab.runs.manifest import MANIFEST, verify_folder
+
+
+def checkpoints_verb(runs: Annotated[tuple[str, ...], arg(metavar="RUN")] = (), /) -> Answer:
+    """List the checkpoints of runs: step, tokens, stage, size, and whether the optimizer state is there.
+
+    Args:
+        runs: run folders, or names below runs/; default: all of them.
+    """
+    chosen = [Run(r).require() for r in runs] if runs else list_runs()
+    rows = [checkpoint_row(run, path) for run in chosen for path in run.checkpoints()]
+    if not rows:
+        where = ", ".join(str(r.path) for r in chosen) or "runs/"
+        raise NothingFoundError(f"{where} must hold committed checkpoints; found none. Train first: tinylab train RUN")
+    shown = [{**r, "size": byte_count(r["bytes"]), "ref": f"{r['run']}@{r['step']}"} for r in rows]
+    return Answer(rows, table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"]))
+
+
+def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
+    """What a checkpoint's own files say: run, step, tokens, stage, bytes of the whole folder, optimizer state or not."""
+    trainer = path / "trainer"
+    try:
+        record = json.loads((trainer / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    return {
+        "run": run.name,
+        "step": step_of(path.name),
+        "tokens": record.get("tokens"),
+        "stage": record.get("stage"),
+        "bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "optimizer": any(trainer.glob("*.safetensors")),
+        "path": str(path),
+    }
+
+
+def verify_verb(path: Annotated[str, arg(metavar="PATH")], /) -> Answer:
+    """Compare every file with its manifest: a checkpoint, a run with all its checkpoints, or a folder of shards.
+
+    Lists every problem; exit code 1 if there is one, 3 if there is nothing to verify.
+
+    Args:
+        path: checkpoint folder, run (or its name below runs/), or data folder.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.exists():
+        folder = resolve_run(path)
+    kind, checked, problems = _verify(folder)
+    document = {"path": str(folder), "kind": kind, "checked": checked, "problems": problems}
+    if problems:
+        return Answer(document, "\n".join([*problems, f"{folder}: {len(problems)} problems"]), EXIT_FAILED)
+    return Answer(document, f"{folder}: {kind}, {checked} verified, no problem")
+
+
+def _verify(folder: Path) -> tuple[str, int, list[str]]:
+    """(kind of folder, manifests or files compared, problems)."""
+    if Run(folder).exists():
+        return _verify_run(Run(folder))
+    if (folder / MANIFEST).is_file() and _is_data(folder):
+        from tinylab.data.shards import open_shards
+
+        try:
+            shards = open_shards(folder)
+        except DataError as error:
+            return "data", 1, [str(error)]
+        return "data", sum(len(s["shards"]) for split in shards.manifest["splits"].values() for s in split.values()), []
+    if (folder / MANIFEST).is_file() or (folder / "trainer").is_dir():
+        return "checkpoint", 1, _checkpoint_problems(folder)
+    raise NothingFoundError(
+        f"{folder} must be a checkpoint, a run or a data folder (manifest.json or config.toml); found "
+        f"{'neither file' if folder.is_dir() else 'no such folder'}. List runs: tinylab runs"
+    )
+
+
+def _is_data(folder: Path) -> bool:
+    """Whether the manifest is one of token shards; a damaged one counts by the folder's layout."""
+    try:
+        return "fingerprint" in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return (folder / "train").is_dir()
+
+
+def _checkpoint_problems(folder: Path) -> list[str]:
+    try:
+        return verify_folder(folder)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _verify_run(run: Run) -> tuple[str, int, list[str]]:
+    """Every checkpoint against its manifest, and the lines of journal and metrics."""
+    problems: list[str] = []
+    try:
+        _ = run.config
+    except ConfigError as error:
+        problems.append(str(error))
+    for path in (run.journal_path, run.metrics_path):
+        try:
+            read_lines(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    folders = [p for p in run.checkpoints_path.glob("step-*") if p.is_dir()]
+    for folder in sorted(folders, key=lambda p: step_of(p.name) or 0):
+        problems += _checkpoint_problems(folder)
+    return "run", len(folders), problems
+
+
+def convert_verb(
+    source: Annotated[str, arg(metavar="SRC")],
+    target: Annotated[str, arg(metavar="DST")],
+    /,
+    to: str | None = None,
+    dtype: str | None = None,
+) -> Answer:
+    """From one checkpoint format to another.
+
+    Args:
+        source: any REF: a Hugging Face folder, a run's checkpoint, a lit-gpt .pth, a llama2.c .bin.
+        target: folder or file to make; it must not exist.
+        to: format of the target; default: by its name.
+        dtype: fp32, bf16 or fp16; default: as in the source.
+    """
+    from tinylab.checkpoint.convert import convert
+
+    done = convert(source, target, to=to, dtype=dtype)
+    return Answer(done, f"{target}: written from {source}")
+
+
+def generate_verb(
+    ref: Annotated[str, arg(metavar="REF")],
+    /,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Answer:
+    """Text from a model.
+
+    Args:
+        ref: model: a folder, RUN (its newest checkpoint), RUN@STEP, RUN@1.5M (tokens).
+        prompt: text to continue.
+        max_new_tokens: length of the continuation, in tokens.
+        temperature: 0 takes the likeliest token; above, samples.
+        top_k: sample among the k likeliest tokens only.
+        top_p: sample among the likeliest tokens that hold this probability together.
+        seed: of the sampling.
+        device: cpu or cuda.
+    """
+    import tinylab
+    from tinylab.checkpoint.reference import resolve_reference
+
+    reference = resolve_reference(ref)
+    model = tinylab.load_model(ref, device=device)
+    text = tinylab.generate(
+        model,
+        tinylab.load_tokenizer(ref),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    document = {"ref": ref, "model": reference.label, "notes": list(reference.notes), "prompt": prompt, "text": text}
+    return Answer(document, text)

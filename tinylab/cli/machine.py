@@ -1,0 +1,70 @@
+"""Verbs `demo`, `doctor`, `plan` and `bench`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from tyro.conf import UseAppendAction, arg
+
+from tinylab.cli.output import Answer, table
+from tinylab.config.io import parse_count
+from tinylab.errors import EXIT_FAILED
+
+
+def demo_verb(run: str = "demo", tokens: str | None = None, again: Literal["nothing", "notebooks"] = "nothing") -> Answer:
+    """The whole path on this machine, offline: corpus, tokenizer, shards, a two-stage run, scores, notebooks, report.
+
+    What is done already is not done again; after an interrupt the same command goes on.
+
+    Args:
+        run: run folder, or a name below runs/.
+        tokens: length of the run, such as 500K; default: that of the preset demo.
+        again: notebooks executes them again although nothing changed.
+    """
+    from tinylab.demo import demo
+
+    done = demo(run, tokens=None if tokens is None else parse_count(tokens, "--tokens"), again=again == "notebooks")
+    rows = [{"part": p["part"], "seconds": p["seconds"], "what": p["what"]} for p in done["parts"]]
+    look = "\n".join(f"  {what}: {path}" for what, path in done["look"].items())
+    return Answer(done, f"{table(rows)}\n\nWhere to look:\n{look}\n  in a browser: make lab")
+
+
+def doctor_verb(device: Literal["auto", "cpu", "cuda"] = "auto") -> Answer:
+    """What works on this machine, what does not, and the remedy. Exit code 1 if something that is needed does not work.
+
+    Args:
+        device: where attention backends and a forward/backward are tried.
+    """
+    from tinylab.doctor import doctor
+
+    found = doctor(device)
+    lines = []
+    width = max(len(f["check"]) for f in found["findings"])
+    for finding in found["findings"]:
+        lines.append(f"{finding['state']:<8} {finding['check'].ljust(width)}  {finding['found']}")
+        if finding["remedy"]:
+            lines.append(f"{'':<8} {'':<{width}}  remedy: {finding['remedy']}")
+    problems = sum(f["state"] == "problem" for f in found["findings"])
+    lines.append("everything that tinylab needs works" if found["healthy"] else f"{problems} problems")
+    return Answer(found, "\n".join(lines), 0 if found["healthy"] else EXIT_FAILED)
+
+
+def bench_verb(
+    what: Annotated[str, arg(metavar="WHAT")],
+    /,
+    against: str = "transformers",
+    device: str = "cpu",
+    repeats: int | None = None,
+) -> Answer:
+    """Measure side by side with a named peer, interleaved.
+
+    Args:
+        what: train.
+        against: the peer: transformers.
+        device: cpu or cuda.
+        repeats: measured rounds; default: the benchmark's own.
+    """
+    from tinylab.bench import bench
+
+    result = bench(what, against=against, device=device, repeats=repeats)
+    return Answer(result.document(), result.text())
