@@ -1,0 +1,161 @@
+"""The papermill engine `tinylab`, and the handler that writes executed notebooks whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine
+from papermill.iorw import LocalHandler, papermill_io
+from papermill.log import logger
+from papermill.utils import merge_kwargs, remove_args
+
+from tinylab.notebook.results import EXECUTOR_VARIABLE, OUT_VARIABLE
+from tinylab.runs.durable import write_atomic
+from tinylab.runs.folder import home
+
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+_SECRET_TEXT = re.compile(
+    r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|AKIA[0-9A-Z]{16}|xox[abprs]-[A-Za-z0-9-]{20,}"
+)
+
+
+def remove_secrets(text: str, environment: dict[str, str] | None = None) -> str:
+    """`text` without values of secret-looking environment variables and without strings in the form of known tokens."""
+    for name, value in (os.environ if environment is None else environment).items():
+        if _SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
+            text = text.replace(value, f"[removed: {name}]")
+    return _SECRET_TEXT.sub("[removed: token]", text)
+
+
+class AtomicHandler(LocalHandler):
+    """papermill's local files, written by temporary name, fsync and rename, with secrets taken out."""
+
+    def write(self, buf: str, path: str) -> None:
+        """Put the notebook `buf` at `path`: readers see the old file or the new one, never a part."""
+        write_atomic(Path(path), remove_secrets(buf))
+
+
+class InterpreterKernel(AsyncKernelManager):
+    """A kernel in the Python that runs this process, whatever kernelspec of the same name is installed elsewhere."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """The kernelspec of this interpreter."""
+        return KernelSpec(**get_kernel_dict())
+
+
+class Client(PapermillNotebookClient):
+    """papermill's client that stops between cells, and inside one, after `stop`."""
+
+    stopped_by: int | None = None
+
+    def stop(self, number: int) -> None:
+        """Interrupt the running cell, as a Ctrl-C in its kernel would, and start no other."""
+        self.stopped_by = number
+        pid = getattr(getattr(self.km, "provisioner", None), "pid", None)
+        if pid:
+            os.kill(pid, signal.SIGINT)
+
+    def execute_cell(self, cell: Any, cell_index: int, *args: Any, **kwargs: Any) -> Any:
+        """One cell, unless a signal asked to stop."""
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        return super().execute_cell(cell, cell_index, *args, **kwargs)
+
+
+class TinylabEngine(NBClientEngine):
+    """nbclient with joined streams, the executor variable set, and signals passed to the kernel.
+
+    `papermill --engine tinylab …` gives the same but for strict parameters and exit codes.
+    """
+
+    stopped_by: int | None = None
+    """The signal that ended the last notebook, if one did."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls,
+        nb_man: Any,
+        kernel_name: str,
+        log_output: bool = False,
+        stdout_file: Any = None,
+        stderr_file: Any = None,
+        start_timeout: int = 60,
+        execution_timeout: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the cells of `nb_man.nb` one after the other."""
+        cls.stopped_by = None
+        out = os.path.abspath(nb_man.output_path) if nb_man.output_path else ""
+        register_handler()
+        final = merge_kwargs(
+            remove_args(["timeout", "startup_timeout", "input_path"], **kwargs),
+            timeout=execution_timeout or kwargs.get("timeout"),
+            startup_timeout=start_timeout,
+            kernel_name=kernel_name,
+            log=logger,
+            log_output=log_output,
+            stdout_file=stdout_file,
+            stderr_file=stderr_file,
+            coalesce_streams=True,
+        )
+        if kernel_name == "python3":
+            final["kernel_manager_class"] = InterpreterKernel
+        variables = {EXECUTOR_VARIABLE: "papermill", OUT_VARIABLE: out, "TINYLAB_HOME": str(home())}
+        client = Client(nb_man, **final)
+        with _environment(variables), _signals(client):
+            try:
+                return client.execute()
+            finally:
+                cls.stopped_by = client.stopped_by
+
+
+def register_handler() -> None:
+    """Let papermill write local absolute paths through AtomicHandler; once is enough."""
+    if not isinstance(papermill_io.get_handler("/"), AtomicHandler):
+        papermill_io.register("/", AtomicHandler())
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the kernel, put back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signals(client: Client) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 stop the client; a second one acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def handle(number: int, frame: Any) -> None:
+        client.stop(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,115 @@
+"""What the data look like: mixture over the run, lengths of documents, frequencies of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinylab.plots.style import AREAS, COLORS, DASHES, FAINT, LabFigure, empty, label_ends, mark_stages, new_figure, token_axis
+
+
+def mixture_of(run: Any) -> LabFigure:
+    """Share of each source in the samples over a run's tokens, ramps included, with stage marks.
+
+    `run` is a Run or a RunConfig; the shares are those that the configuration prescribes.
+    """
+    config = getattr(run, "config", run)
+    x, shares = mixture_points(config)
+    figure, axes = new_figure(
+        "Mixture of the training data", height=3.4, caption="Share of samples by source, as the configuration prescribes it; ramps are linear."
+    )
+    ax = axes[0, 0]
+    ax.stackplot(x, *[[100 * s for s in values] for values in shares.values()], colors=AREAS[: len(shares)], alpha=0.85, linewidth=0)
+    ax.set_ylim(0, 100)
+    ax.set_xlim(0, x[-1])
+    ax.set_ylabel("share of samples (%)")
+    token_axis(ax)
+    mark_stages(ax, config)
+    bottom, ends = 0.0, []
+    for i, (name, values) in enumerate(shares.items()):
+        ends.append((x[-1], bottom + 50 * values[-1], f"{name} {values[-1]:.0%}", "#9A6A00" if AREAS[i % 8] == "#E69F00" else AREAS[i % 8]))
+        bottom += 100 * values[-1]
+    label_ends(ax, ends)
+    return figure
+
+
+def mixture_points(config: Any) -> tuple[list[int], dict[str, list[float]]]:
+    """Corners of the mixture over tokens: x, and for each source its shares there."""
+    x: list[int] = []
+    shares: dict[str, list[float]] = {name: [] for name in config.data.source_names}
+    start, before = 0, config.mixture(0)
+    for i, (stage, (_, last)) in enumerate(zip(config.stages, config.stage_bounds(), strict=True)):
+        end, after = config.tokens_at(last), config.mixture(i)
+        corners = [(start, before if stage.ramp_tokens else after), (min(start + stage.ramp_tokens, end), after), (end, after)]
+        for at, mixture in corners:
+            x.append(at)
+            for name, values in shares.items():
+                values.append(mixture[name])
+        start, before = end, after
+    return x, shares
+
+
+def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:
+    """Histogram of document lengths in tokens, by source, on a log scale; medians marked."""
+    figure, axes = new_figure(
+        "Length of documents", height=3.4, caption="Share of each source's documents; log scale. Vertical lines: medians."
+    )
+    ax, top = axes[0, 0], 0.0
+    known = {name: np.asarray(values, dtype=float) for name, values in lengths.items() if len(values)}
+    if not known:
+        empty(ax, "no documents")
+        return figure
+    largest = max(float(v.max()) for v in known.values())
+    bins = np.geomspace(1, max(largest, 2) * 1.05, 40)
+    for i, (name, values) in enumerate(known.items()):
+        counts, _ = np.histogram(np.maximum(values, 1), bins=bins)
+        shares = 100 * counts / len(values)
+        ax.stairs(shares, bins, color=COLORS[i % 4], fill=True, alpha=0.18)
+        ax.stairs(shares, bins, color=COLORS[i % 4], linewidth=1.8, linestyle=DASHES[i % 4])
+        middle = float(np.median(values))
+        ax.axvline(middle, color=COLORS[i % 4], linewidth=1.2, linestyle=":")
+        ax.text(0.99, 0.97 - 0.09 * i, f"{name}: {len(values):,} documents, median {middle:,.0f} tokens", color=COLORS[i % 4],
+                transform=ax.transAxes, ha="right", va="top", fontsize=9)  # fmt: skip
+        top = max(top, float(shares.max()))
+    ax.set_xscale("log")
+    ax.set_ylim(0, top * (1.15 + 0.12 * len(known)))
+    ax.set_xlabel("tokens per document (log scale)")
+    ax.set_ylabel("share of documents (%)")
+    return figure
+
+
+def token_frequencies(counts: Mapping[str, Sequence[int]]) -> LabFigure:
+    """Frequency of vocabulary entries by rank, by source, both axes log; the line of slope −1 is Zipf's.
+
+    `counts` gives, for each source, the number of times each id occurs.
+    """
+    figure, axes = new_figure(
+        "Frequency of tokens by rank", height=3.6, caption="Share of all tokens; both scales are log. Grey: slope −1 (Zipf)."
+    )
+    ax, ends = axes[0, 0], []
+    for i, (name, values) in enumerate(counts.items()):
+        ordered = np.sort(np.asarray(values, dtype=float))[::-1]
+        used = ordered[ordered > 0]
+        if not len(used):
+            continue
+        share = used / used.sum()
+        ranks = np.arange(1, len(used) + 1)
+        ax.plot(ranks, share, color=COLORS[i % 4], linestyle=DASHES[i % 4], linewidth=1.8)
+        ends.append((ranks[-1], share[-1], f"{name}: {len(used):,} of {len(ordered):,} ids used", COLORS[i % 4]))
+    if not ends:
+        empty(ax, "no tokens")
+        return figure
+    limits = ax.get_ylim()
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    x = np.array(ax.get_xlim())
+    ax.plot(x, high / 3 / x, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    ax.set_xlim(x)
+    ax.set_ylim(low, min(high, 10 * limits[1]))
+    ax.set_xlabel("rank of the id (log scale)")
+    ax.set_ylabel("share of tokens (log scale)")
+    label_ends(ax, ends)
+    return figure

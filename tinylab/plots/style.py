@@ -1,0 +1,134 @@
+"""The look of every figure: palette, axes in tokens, direct labels, stage marks, captions."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+"""Okabe-Ito in a fixed order; each at least 3:1 on white."""
+AREAS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+"""For filled areas only: thin lines in yellow or sky blue cannot be seen."""
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+MARKERS = ("o", "s", "^", "D")
+INK, FAINT, GRID = "#222222", "#666666", "#E3E3E3"
+DPI = 130
+
+
+class LabFigure(Figure):
+    """A Figure that shows itself as a PNG in a notebook, without pyplot."""
+
+    def png(self, dpi: int = DPI) -> bytes:
+        """The figure as PNG bytes."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+        return buffer.getvalue()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        width, height = (round(96 * side) for side in self.get_size_inches())
+        picture = base64.b64encode(self.png()).decode()
+        return {"image/png": picture, "text/plain": repr(self)}, {"image/png": {"width": width, "height": height}}
+
+
+def new_figure(
+    title: str, *, rows: int = 1, columns: int = 1, width: float = 7.6, height: float = 4.0, caption: str = "", **grid: Any
+) -> tuple[LabFigure, np.ndarray]:
+    """A figure and its axes (rows, columns): title left, grid faint, caption under everything in grey."""
+    figure = LabFigure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **grid)
+    lines = caption.count("\n") + 1 if caption else 0
+    foot, head = (0.17 * lines + 0.08) / height if lines else 0.0, 0.36 / height
+    figure.get_layout_engine().set(rect=(0.004, foot, 0.992, 1 - foot - head), w_pad=0.06, h_pad=0.05)  # type: ignore[union-attr]
+    figure.text(0.012, 1 - 0.09 / height, title, ha="left", va="top", fontsize=12, fontweight="bold", color=INK)
+    if caption:
+        figure.text(0.012, 0.06 / height, caption, ha="left", va="bottom", fontsize=8, color=FAINT, linespacing=1.25)
+    for ax in axes.flat:
+        style_axes(ax)
+    return figure, axes
+
+
+def style_axes(ax: Axes) -> None:
+    """Open frame, faint grid, ticks in grey."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#999999")
+    ax.grid(True, color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=FAINT, labelsize=9)
+    ax.xaxis.label.set_color(INK)
+    ax.yaxis.label.set_color(INK)
+
+
+def format_count(value: float) -> str:
+    """`1.5M`, `300B`, `3T`: powers of 1,000, at most three digits."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit * 0.9995:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def token_axis(ax: Axes, label: str = "training tokens") -> None:
+    """x in tokens, ticks as 500K, 1M, …"""
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    if ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    ax.set_xlabel(label)
+
+
+def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.062) -> None:
+    """Text behind the last point of each series (x, y, text, colour), moved apart where it would overlap.
+
+    `gap` is the least distance as a share of the axis height. Call it after the limits are final.
+    """
+    low, high = ax.get_ylim()
+    to_share, to_value = (_log_share(low, high) if ax.get_yscale() == "log" else _linear_share(low, high))
+    ordered = sorted(ends, key=lambda end: to_share(end[1]))
+    places: list[float] = []
+    for end in ordered:
+        places.append(max(to_share(end[1]), places[-1] + gap) if places else to_share(end[1]))
+    over = max(0.0, places[-1] - 1.0) if places else 0.0
+    right = ax.get_xlim()[1]
+    for (_, _, text, color), place in zip(ordered, places, strict=True):
+        ax.annotate(
+            text, (right, to_value(place - over)), xytext=(5, 0), textcoords="offset points", va="center", color=color,
+            fontsize=9, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _linear_share(low: float, high: float) -> tuple[Any, Any]:
+    return (lambda y: (y - low) / (high - low)), (lambda s: low + s * (high - low))
+
+
+def _log_share(low: float, high: float) -> tuple[Any, Any]:
+    a, b = np.log(low), np.log(high)
+    return (lambda y: (np.log(y) - a) / (b - a)), (lambda s: float(np.exp(a + s * (b - a))))
+
+
+def mark_stages(ax: Axes, config: Any, *, names: bool = True) -> None:
+    """A thin line where a stage ends, and each stage's name at the top of its stretch; nothing for one stage."""
+    if config is None or len(config.stages) < 2:
+        return
+    start = 0
+    for stage, (_, last) in zip(config.stages, config.stage_bounds(), strict=True):
+        end = config.tokens_at(last)
+        if end < config.tokens:
+            ax.axvline(end, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
+        if names:
+            ax.annotate(
+                stage.name, ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
+                textcoords="offset points", ha="center", va="bottom", fontsize=8.5, color=FAINT, annotation_clip=True,
+            )  # fmt: skip
+        start = end
+
+
+def empty(ax: Axes, message: str) -> None:
+    """Say in the axes why there is nothing to see."""
+    ax.text(0.5, 0.5, message, ha="center", va="center", color=FAINT, transform=ax.transAxes, wrap=True)
+    ax.set_xticks([])
+    ax.set_yticks([])

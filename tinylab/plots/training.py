@@ -1,0 +1,244 @@
+"""What happened while training: loss, validation, learning rate, gradient norm, speed and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinylab.plots.style import (
+    COLORS,
+    DASHES,
+    FAINT,
+    MARKERS,
+    LabFigure,
+    empty,
+    format_count,
+    label_ends,
+    mark_stages,
+    new_figure,
+    token_axis,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def loss_curves(runs: Sequence[Any], smooth: float | None = None, x: str = "tokens") -> LabFigure:
+    """Training loss (raw faint, smoothed bold) and validation loss over tokens, runs overlaid.
+
+    `runs` are Run objects or (label, DataFrame of metrics) pairs; `smooth` is the width of the moving mean in tokens
+    (default: a fortieth of the longest run); `x` is `tokens`, `step` or `hours`.
+    """
+    series = [_series(run) for run in runs]
+    longest = max((float(m["tokens"].iloc[-1]) for _, m, _ in series if len(m)), default=0.0)
+    width = longest / 40 if smooth is None else smooth
+    figure, axes = new_figure(
+        "Loss over training",
+        height=4.3,
+        caption=f"Faint: every step's loss, mean over the global batch. Bold: mean over the last {format_count(width)} tokens. "
+        "Markers: validation loss on held-out documents.",
+    )
+    ax, ends, floor = axes[0, 0], [], []
+    for i, (label, metrics, _) in enumerate(series):
+        if not len(metrics):
+            continue
+        color, dash = COLORS[i % 4], DASHES[i // 4 % 4]
+        xs = _x_values(metrics, x)
+        smoothed = moving_mean(metrics["tokens"].to_numpy(float), metrics["loss"].to_numpy(float), width)
+        ax.plot(xs, metrics["loss"], color=color, alpha=0.22, linewidth=0.8)
+        ax.plot(xs, smoothed, color=color, linestyle=dash, linewidth=2.0)
+        floor += [np.nanmin(metrics["loss"])]
+        name = "training" if len(series) == 1 else label
+        ends.append((xs[-1], smoothed[-1], f"{name} {smoothed[-1]:.2f}", color))
+        measured = _measured(metrics, "validation_loss")
+        if len(measured):
+            accent = COLORS[1] if len(series) == 1 else color
+            at, values = _x_values(metrics, x)[measured.index], measured.to_numpy(float)
+            ax.plot(at, values, color=accent, linewidth=1.2, linestyle=DASHES[1], alpha=0.85)
+            ax.plot(at, values, MARKERS[i % 4], color=accent, markersize=5, markeredgecolor="white", markeredgewidth=0.8)
+            if len(series) <= 2:
+                tail = "validation" if len(series) == 1 else f"{label}, validation"
+                ends.append((at[-1], values[-1], f"{tail} {values[-1]:.2f}", accent))
+    if not ends:
+        empty(ax, "no steps yet")
+        return figure
+    ax.margins(x=0.01)
+    ax.set_ylabel("loss (nats per token)")
+    _x_axis(ax, x)
+    label_ends(ax, ends)
+    if x == "tokens":
+        _mark_common_stages(ax, series)
+    return figure
+
+
+def validation_bits(runs: Sequence[Any]) -> LabFigure:
+    """Bits per byte of held-out text over tokens: comparable across tokenizers."""
+    series = [_series(run) for run in runs]
+    figure, axes = new_figure(
+        "Compression of held-out text",
+        height=3.6,
+        caption="Bits per byte = validation nats / (ln 2 x bytes of the predicted text); independent of the tokenizer.",
+    )
+    ax, ends = axes[0, 0], []
+    for i, (label, metrics, _) in enumerate(series):
+        measured = _measured(metrics, "bits_per_byte")
+        if not len(measured):
+            continue
+        at, values, color = metrics["tokens"][measured.index].to_numpy(float), measured.to_numpy(float), COLORS[i % 4]
+        ax.plot(at, values, color=color, linestyle=DASHES[i % 4], marker=MARKERS[i % 4], markersize=5, linewidth=1.6)
+        ends.append((at[-1], values[-1], f"{label} {values[-1]:.2f}" if len(series) > 1 else f"{values[-1]:.2f}", color))
+    if not ends:
+        empty(ax, "validation has not been measured yet")
+        return figure
+    ax.margins(x=0.01)
+    ax.set_ylabel("bits per byte")
+    token_axis(ax)
+    label_ends(ax, ends)
+    _mark_common_stages(ax, series)
+    return figure
+
+
+def learning_rate(config: Any, points: int = 600) -> LabFigure:
+    """The learning rate that the configuration prescribes, over its tokens, with its stages."""
+    from tinylab.optim.schedule import lr_at
+
+    steps = np.unique(np.linspace(1, config.steps, min(points, config.steps)).round().astype(int))
+    tokens = [config.tokens_at(int(s)) for s in steps]
+    rates = [lr_at(config, int(s)) for s in steps]
+    figure, axes = new_figure(
+        "Learning rate",
+        height=3.2,
+        caption=f"Warm-up over {format_count(config.schedule.warmup_tokens)} tokens, then {config.schedule.kind}; "
+        f"peak {config.optimizer.lr:g}. Computed from the configuration.",
+    )
+    ax = axes[0, 0]
+    ax.plot(tokens, rates, color=COLORS[0], linewidth=2)
+    ax.set_ylim(0, max(rates) * 1.06)
+    ax.margins(x=0.01)
+    ax.set_ylabel("learning rate (per step)")
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    token_axis(ax)
+    mark_stages(ax, config)
+    label_ends(ax, [(tokens[-1], rates[-1], f"{rates[-1]:.1e}", COLORS[0])])
+    return figure
+
+
+def gradient_norm(runs: Sequence[Any]) -> LabFigure:
+    """Gradient norm before clipping, per step, log scale, with the clipping threshold where a run has one."""
+    series = [_series(run) for run in runs]
+    figure, axes = new_figure(
+        "Gradient norm", height=3.2, caption="Global norm before clipping, every step; log scale. Dashed: the clipping threshold."
+    )
+    ax, ends = axes[0, 0], []
+    for i, (label, metrics, config) in enumerate(series):
+        known = _measured(metrics, "grad_norm")
+        known = known[known > 0]
+        if not len(known):
+            continue
+        xs = metrics["tokens"][known.index].to_numpy(float)
+        smoothed = moving_mean(xs, known.to_numpy(float), xs[-1] / 40)
+        ax.plot(xs, known, color=COLORS[i % 4], linewidth=0.8, alpha=0.3)
+        ax.plot(xs, smoothed, color=COLORS[i % 4], linestyle=DASHES[i % 4], linewidth=1.8)
+        ends.append((xs[-1], smoothed[-1], f"{label} {smoothed[-1]:.2f}", COLORS[i % 4]))
+        clip = getattr(getattr(config, "optimizer", None), "clip_norm", None)
+        if clip:
+            ax.axhline(clip, color=FAINT, linewidth=1, linestyle=DASHES[1])
+    if not ends:
+        empty(ax, "no gradient norms recorded")
+        return figure
+    ax.set_yscale("log")
+    ax.margins(x=0.01)
+    ax.set_ylabel("gradient norm (L2, log scale)")
+    token_axis(ax)
+    label_ends(ax, ends)
+    _mark_common_stages(ax, series)
+    return figure
+
+
+def throughput(runs: Sequence[Any]) -> LabFigure:
+    """Tokens per second, share of time waiting for data, and peak memory over tokens; each run's median is named."""
+    series = [_series(run) for run in runs]
+    figure, axes = new_figure(
+        "Speed and memory",
+        columns=2,
+        width=8.6,
+        height=3.4,
+        caption="Left: every step but the first of each process; the line is the run's median. Right: peak memory on this rank.\n"
+        "Data wait is the share of step time in which the trainer waited for the loader.",
+    )
+    speed, memory = axes[0]
+    ends = []
+    for i, (label, metrics, _) in enumerate(series):
+        if len(metrics) < 2:
+            continue
+        rows, color = metrics.iloc[1:], COLORS[i % 4]
+        tokens, rates = rows["tokens"].to_numpy(float), rows["tokens_per_s"].to_numpy(float)
+        middle, wait = float(np.nanmedian(rates)), float(rows["data_wait_s"].sum() / rows["step_time_s"].sum())
+        speed.plot(tokens, rates, ".", color=color, markersize=3, alpha=0.4)
+        speed.plot([tokens[0], tokens[-1]], [middle] * 2, color=color, linestyle=DASHES[i % 4], linewidth=1.8)
+        ends.append((tokens[-1], middle, f"{label}\n{format_count(middle)} tokens/s\ndata wait {wait:.1%}", color))
+        memory.plot(tokens, rows["peak_memory_gib"], color=color, linestyle=DASHES[i % 4], linewidth=1.8)
+    if not ends:
+        empty(speed, "fewer than two steps")
+        empty(memory, "fewer than two steps")
+        return figure
+    speed.set_ylim(0, max(np.nanpercentile(m["tokens_per_s"].iloc[1:], 98) for _, m, _ in series if len(m) > 1) * 1.2)
+    speed.set_ylabel("tokens/s, all ranks")
+    memory.set_ylim(bottom=0)
+    memory.set_ylabel("peak memory (GiB)")
+    for ax in (speed, memory):
+        ax.margins(x=0.02)
+        token_axis(ax)
+    label_ends(speed, ends, gap=0.2)
+    return figure
+
+
+def moving_mean(tokens: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
+    """Mean of the values of the last `width` tokens at each point, missing values left out; `tokens` ascend."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    first = np.minimum(np.searchsorted(tokens, tokens - width, side="right"), np.arange(len(tokens)))
+    last = np.arange(1, len(tokens) + 1)
+    number = counts[last] - counts[first]
+    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
+
+
+def _series(run: Any) -> tuple[str, pandas.DataFrame, Any]:
+    """(label, metrics with a plain index, configuration or None) of a Run or a (label, DataFrame) pair."""
+    if isinstance(run, tuple):
+        return str(run[0]), run[1].reset_index(drop=True), None
+    return run.name, run.metrics().reset_index(drop=True), run.config
+
+
+def _measured(metrics: pandas.DataFrame, name: str) -> pandas.Series:
+    """The values of a metric where it was measured."""
+    import pandas
+
+    if name not in metrics:
+        return pandas.Series([], dtype=float)
+    return pandas.to_numeric(metrics[name]).dropna()
+
+
+def _x_values(metrics: pandas.DataFrame, x: str) -> np.ndarray:
+    if x == "hours":
+        return metrics["step_time_s"].cumsum().to_numpy(float) / 3600
+    return metrics[x].to_numpy(float)
+
+
+def _x_axis(ax: Any, x: str) -> None:
+    if x == "tokens":
+        token_axis(ax)
+    else:
+        ax.set_xlabel({"step": "optimizer steps", "hours": "hours of training (sum of step times)"}[x])
+
+
+def _mark_common_stages(ax: Any, series: list[tuple[str, Any, Any]]) -> None:
+    """Stage marks when all runs have the same stages."""
+    configs = [config for _, _, config in series if config is not None]
+    if configs and all(c.stages == configs[0].stages for c in configs):
+        limits = ax.get_xlim()
+        mark_stages(ax, configs[0])
+        ax.set_xlim(limits)
