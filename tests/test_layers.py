@@ -1,0 +1,113 @@
+"""Imports go one way. Read from the syntax tree, so that imports inside functions and under TYPE_CHECKING count too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tinylab"
+LAYERS = (
+    ("errors",),
+    ("config", "runs"),
+    ("model", "data", "optim"),
+    ("dist", "checkpoint"),
+    ("train", "evaluate", "analysis", "planner", "doctor"),
+    ("plots", "widgets", "notebook", "report", "bench", "demo"),
+    ("cli",),
+    ("__main__",),
+)
+"""The line of the design; within a layer, too, a module imports only from its left."""
+ORDER = {name: i for i, name in enumerate(name for layer in LAYERS for name in layer)}
+NO_TORCH = ("errors", "config", "runs", "planner", "model/accounting", "data/order")
+THIRD_PARTY_BASES = {"config", "runs", "errors"}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import; `from tinylab import plots` gives tinylab.plots."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                found.append((node.lineno, "." * node.level + (node.module or "")))
+            elif node.module == "tinylab":
+                found += [(node.lineno, f"tinylab.{alias.name}") for alias in node.names]
+            else:
+                found.append((node.lineno, node.module or ""))
+    return found
+
+
+def violations(path: Path) -> list[str]:
+    own = layer_of(path)
+    problems = []
+    for line, name in imported(path):
+        if name.startswith("."):
+            problems.append(f"{path}:{line}: relative import {name}")
+        if not name.startswith("tinylab."):
+            continue
+        other = name.split(".")[1]
+        if other in ORDER and other != own and ORDER[other] > ORDER[own]:
+            problems.append(f"{path}:{line}: {own} must not import {other}, which stands to its right")
+    return problems
+
+
+def test_every_module_belongs_to_a_layer():
+    assert sorted({layer_of(p) for p in modules()} - set(ORDER)) == []
+
+
+def test_imports_go_one_way():
+    assert [problem for path in modules() for problem in violations(path)] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from tinylab.cli import main", "def f():\n    import tinylab.train.loop", "from tinylab import widgets", "from .. import x"],
+)
+def test_an_import_to_the_right_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    module = tmp_path / "model" / "seeded.py"
+    module.parent.mkdir()
+    module.write_text(text)
+    assert len(violations(module)) == 1
+
+
+def test_configuration_and_run_folders_need_the_standard_library_only():
+    import sys
+
+    for path in modules():
+        if layer_of(path) in THIRD_PARTY_BASES:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in tree.body:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                foreign = [n for n in names if n.split(".")[0] not in (*sys.stdlib_module_names, "tinylab")]
+                assert foreign == [], f"{path}:{node.lineno}"
+
+
+def test_planning_and_data_order_import_no_torch():
+    for path in modules():
+        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        if name.startswith(NO_TORCH):
+            assert [n for _, n in imported(path) if n.split(".")[0] == "torch"] == [], path
+
+
+def test_nobody_changes_the_search_path():
+    assert [p for p in modules() if "sys.path" in p.read_text(encoding="utf-8")] == []
+
+
+def test_no_module_is_called_utils_and_none_is_much_over_300_lines():
+    assert [p for p in modules() if p.stem in ("utils", "util", "helpers", "common", "misc")] == []
+    long = {str(p): n for p in modules() if (n := len(p.read_text(encoding="utf-8").splitlines())) > 330}
+    assert long == {}
