@@ -1,14 +1,26 @@
-"""A tensor that is known but not read: what every checkpoint reader hands out, so that models stream."""
+"""A checkpoint that is opened but not read: names, shapes and functions that read one tensor. So models stream.
+
+Every reader of a foreign format gives `Weights` under Hugging Face's names; one function makes the model of it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tinylab.checkpoint.huggingface import name_map
+from tinylab.config.schema import Model
 from tinylab.errors import CheckpointError
+from tinylab.model.transformer import Llama
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+"""Buffers that follow from the configuration; old checkpoints hold them."""
+_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -18,23 +30,78 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
-    """Reads a fresh tensor from the file, on the CPU."""
+    """Reads the tensor from the file, on the CPU; callers only read it."""
     storage: str | None = None
-    """Equal for tensors that share all their bytes; None where the format cannot share."""
+    """Equal for tensors that are the same bytes of the file; None where the format cannot share."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model's configuration and its tensors under Hugging Face's names, not read yet."""
+
+    model: Model
+    tensors: Mapping[str, LazyTensor]
+    origin: str
+    """The file or folder, for messages."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype stored; float32 if the tensors have several."""
+        kinds = {t.dtype for t in self.tensors.values()}
+        return kinds.pop() if len(kinds) == 1 else torch.float32
+
+    def check(self) -> Weights:
+        """These weights; CheckpointError listing all missing, unexpected and misshaped tensors together."""
+        layers = {int(found[1]) for found in map(_LAYER.match, self.tensors) if found}
+        if self.model.n_layer > 2 * len(layers) + 8:  # before the names of a billion layers are made
+            raise CheckpointError(
+                f"{self.origin} must hold the {self.model.n_layer} layers of its configuration; found {len(layers)}"
+            )
+        expected = {part: shape for parts in name_map(self.model).values() for part, shape in parts}
+        optional = {"lm_head.weight"} if self.model.tie_embeddings else set()
+        found = {n: t.shape for n, t in self.tensors.items() if n not in optional and not _DERIVED.fullmatch(n)}
+        check_shapes(found, expected, self.origin)
+        bad = sorted(f"{n} ({t.dtype})" for n, t in self.tensors.items() if not t.dtype.is_floating_point)
+        if bad:
+            raise CheckpointError(f"{self.origin} must hold floating-point tensors; found {', '.join(bad[:20])}")
+        return self
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise CheckpointError listing every missing, unexpected and misshaped tensor of `found` together."""
     lines = [f"missing: {n} {list(expected[n])}" for n in expected if n not in found]
-    lines += [f"unexpected: {n} {list(found[n])}" for n in found if n not in expected]
+    lines += [f"unexpected: {n[:200]} {list(found[n])}" for n in found if n not in expected]
     lines += [
         f"misshaped: {n} must be {list(expected[n])}, found {list(found[n])}"
         for n in expected
         if n in found and tuple(found[n]) != tuple(expected[n])
     ]
     if lines:
-        shown = lines[:200] + ([f"… and {len(lines) - 200} more"] if len(lines) > 200 else [])
+        rest = [f"… and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
         raise CheckpointError(
             f"{where} must hold exactly the tensors of its configuration; found {len(lines)} differences. "
-            "Check that weights and configuration belong together:\n  " + "\n  ".join(shown)
+            "Check that weights and configuration belong together:\n  " + "\n  ".join(lines[:_SHOWN] + rest)
         )
+
+
+@torch.no_grad()
+def load_weights(weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
+    """The model in eval mode, filled tensor by tensor: the model once in memory, plus one tensor.
+
+    dtype: absent, the one stored. Raises CheckpointError listing every tensor that does not fit.
+    """
+    weights.check()
+    model = Llama.empty(weights.model, device, dtype or weights.dtype)
+    state = model.state_dict()
+    for name, parts in name_map(weights.model).items():
+        rows = state[name].split([shape[0] for _, shape in parts])
+        for (part, _), target in zip(parts, rows, strict=True):
+            target.copy_(weights.tensors[part].load())
+    if weights.model.tie_embeddings and "lm_head.weight" in weights.tensors:
+        head, embed = (weights.tensors[n].load() for n in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not torch.equal(head, embed):
+            raise CheckpointError(
+                f"{weights.origin}: the configuration ties the embeddings, so lm_head.weight must equal "
+                "model.embed_tokens.weight; they differ. Untie them in the configuration, or remove lm_head.weight"
+            )
+    return model.eval()

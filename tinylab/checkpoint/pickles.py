@@ -220,9 +220,10 @@ class _Reader:
         if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
             self.refuse("a persistent identifier that is no torch storage")
         _, kind, key, _, numel = identity
-        if not (isinstance(kind, Global) and kind.name in STORAGES and isinstance(key, str) and _is_count(numel)):
+        is_key = isinstance(key, str) or _is_count(key)  # litgpt's own writer counts them as numbers
+        if not (isinstance(kind, Global) and kind.name in STORAGES and is_key and _is_count(numel)):
             self.refuse("a malformed torch storage")
-        self.stack.append(Storage(STORAGES[kind.name], key, numel))
+        self.stack.append(Storage(STORAGES[kind.name], str(key), numel))
 
     def op_BUILD(self, _: Any) -> None:
         target, state = self.pop(2)
