@@ -39,6 +39,10 @@ class EvaluationError(TinylabError):
     """An evaluation that cannot be run, or results that must not be compared."""
 
 
+class NotebookError(TinylabError):
+    """A notebook whose cell raised, whose kernel died, or that ran out of time."""
+
+
 class NothingFoundError(TinylabError):
     """Nothing usable where something was asked for: no checkpoint, no run, an empty store."""
 

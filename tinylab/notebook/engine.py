@@ -151,7 +151,7 @@ def _signals(client: Client) -> Iterator[None]:
 
     def handle(number: int, frame: Any) -> None:
         client.stop(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, handle) for number in numbers}
     try:

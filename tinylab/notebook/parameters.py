@@ -107,7 +107,7 @@ def read_cell(source: str, where: str = "parameters cell") -> dict[str, Paramete
 
 
 def check_values(declared: dict[str, Parameter], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values` in their declared types. Raises one ConfigError for every unknown name (with the nearest) and bad value."""
+    """`values` in their declared types. Raises one ConfigError with each unknown name and bad value."""
     problems, result = [], {}
     for name, value in values.items():
         if name not in declared:

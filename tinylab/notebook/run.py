@@ -107,9 +107,9 @@ def run_notebook(
 ) -> Path:
     """Execute `notebook` with `parameters` and keep it at `out` (a folder keeps the notebook's name); that path.
 
-    The kernel is this Python; its working folder is the caller's. `timeout` is in seconds per cell. A cell's ConfigError
-    or NothingFoundError is raised again here as what it was, so exit codes hold; any other error is a NotebookError
-    that names the cell; a signal gives RunStopped after the notebook was saved. `out` is complete at every moment.
+    The kernel is this Python; its working folder is the caller's. `timeout` is in seconds per cell. A cell's
+    ConfigError or NothingFoundError is raised again here as what it was, so exit codes hold; any other error is a
+    NotebookError that names the cell; a signal gives RunStopped after the notebook was saved. `out` is complete at every moment.
     """
     source = find_notebook(notebook)
     values = check_values(notebook_parameters(source), parameters or {}, source.name)
@@ -152,8 +152,8 @@ def _execute(source: Path, target: Path, values: dict[str, Any], timeout: float 
         failure = _cell_failure(error, source, target)
     except DeadKernelError:
         failure = NotebookError(
-            f"{source.name}: the kernel must live until the last cell; it died (out of memory?). What ran is in {target}; "
-            "run folders are intact: repeat the same command"
+            f"{source.name}: the kernel must live until the last cell; it died (out of memory?). What ran is in "
+            f"{target}; run folders are intact: repeat the same command"
         )
     except CellTimeoutError:
         failure = NotebookError(f"{source.name}: each cell must end within {timeout} s; one did not. See {target}")

@@ -1,6 +1,7 @@
 """Figures from records: every function takes runs or tables and returns a matplotlib Figure that shows itself.
 
-No pyplot and no global state. x is tokens, both axes have units, uncertainty is drawn, colours are Okabe-Ito in a fixed order.
+No pyplot and no global state. x is tokens, both axes have units, uncertainty is drawn; colours are Okabe-Ito in a
+fixed order.
 """
 
 from __future__ import annotations

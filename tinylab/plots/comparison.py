@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tinylab.plots.style import COLORS, FAINT, INK, LabFigure, empty, label_ends, new_figure
-
-if TYPE_CHECKING:
-    import pandas
+from tinylab.plots.style import COLORS, FAINT, INK, LabFigure, Table, empty, label_ends, new_figure
 
 
-def score_differences(table: pandas.DataFrame, a: str = "A", b: str = "B") -> LabFigure:
+def score_differences(table: Table, a: str = "A", b: str = "B") -> LabFigure:
     """Dot plot of the paired difference B − A per task, in points, with its 95% interval; 0 is in the middle.
 
     `table` has one row per task: `task, difference, low, high` (fractions), `p_holm` and `n` (items). Filled dots are
@@ -23,7 +20,8 @@ def score_differences(table: pandas.DataFrame, a: str = "A", b: str = "B") -> La
         f"Score of {b} minus score of {a}",
         width=7.6,
         height=1.5 + 0.42 * max(len(rows), 2),
-        caption=f"Same items for both. Bars: 95% interval of the paired difference. Filled: exact McNemar p < 0.05 after Holm over {len(rows)} tests.",
+        caption=f"Same items for both. Bars: 95% interval of the paired difference. Filled: exact McNemar p < 0.05 "
+        f"after Holm over {len(rows)} tests.",
     )
     ax = axes[0, 0]
     if not len(rows):
@@ -31,15 +29,15 @@ def score_differences(table: pandas.DataFrame, a: str = "A", b: str = "B") -> La
         return figure
     span = 1.0
     for i, row in rows.iterrows():
-        y, d = len(rows) - 1 - int(i), 100 * row["difference"]  # type: ignore[call-overload]
+        y, d = len(rows) - 1 - int(i), 100 * row["difference"]
         low, high = 100 * row["low"], 100 * row["high"]
         color = COLORS[0] if d >= 0 else COLORS[1]
         sure = row["p_holm"] < 0.05
         ax.plot([low, high], [y, y], color=color, linewidth=2)
         ax.plot(d, y, "o", color=color, markersize=8, markerfacecolor=color if sure else "white", markeredgewidth=1.8)
         text = f"{d:+.1f} points, p {_p(row['p_holm'])}, n = {int(row['n'])}"
-        ax.annotate(text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center",
-                    fontsize=8.5, color=INK, annotation_clip=False)  # fmt: skip
+        ax.annotate(text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+                    va="center", fontsize=8.5, color=INK, annotation_clip=False)  # fmt: skip
         span = max(span, abs(low), abs(high))
     ax.axvline(0, color=FAINT, linewidth=1)
     ax.set_xlim(-span * 1.08, span * 1.08)
@@ -50,7 +48,7 @@ def score_differences(table: pandas.DataFrame, a: str = "A", b: str = "B") -> La
     return figure
 
 
-def flips(table: pandas.DataFrame, a: str = "A", b: str = "B") -> LabFigure:
+def flips(table: Table, a: str = "A", b: str = "B") -> LabFigure:
     """Items that changed side between A and B, per task: right → wrong to the left, wrong → right to the right.
 
     `table` has one row per task: `task, both_right, only_a, only_b, both_wrong` (items).
@@ -60,7 +58,7 @@ def flips(table: pandas.DataFrame, a: str = "A", b: str = "B") -> LabFigure:
         f"Items that flipped from {a} to {b}",
         width=7.6,
         height=1.5 + 0.46 * max(len(rows), 2),
-        caption="Counts of items. The difference of the two bars is the change of the score; their sum is how much it hides.",
+        caption="Counts of items. Their difference is the change of the score; their sum is how much that hides.",
     )
     ax = axes[0, 0]
     if not len(rows):
@@ -76,8 +74,8 @@ def flips(table: pandas.DataFrame, a: str = "A", b: str = "B") -> LabFigure:
         ax.text(-lost[i] - 0.02 * span, at, f"{lost[i]}", ha="right", va="center", fontsize=9, color=COLORS[1])
         ax.text(won[i] + 0.02 * span, at, f"{won[i]}", ha="left", va="center", fontsize=9, color=COLORS[0])
         kept = f"{int(rows['both_right'][i])} right in both, {int(rows['both_wrong'][i])} wrong in both"
-        ax.annotate(kept, (1.0, at), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center",
-                    fontsize=8.5, color=FAINT, annotation_clip=False)  # fmt: skip
+        ax.annotate(kept, (1.0, at), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+                    va="center", fontsize=8.5, color=FAINT, annotation_clip=False)  # fmt: skip
     ax.set_xlim(-span * 1.22, span * 1.22)
     ax.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     ax.set_yticks(y, [str(t).replace("_", " ") for t in rows["task"]])
@@ -87,7 +85,7 @@ def flips(table: pandas.DataFrame, a: str = "A", b: str = "B") -> LabFigure:
     return figure
 
 
-def token_delta(table: pandas.DataFrame, a: str = "A", b: str = "B", labels: int = 6) -> LabFigure:
+def token_delta(table: Table, a: str = "A", b: str = "B", labels: int = 6) -> LabFigure:
     """Loss of B minus loss of A at every token of a text, centred at 0; the largest changes are named.
 
     `table` has one row per predicted token: `position` (from 1), `text`, `loss_a`, `loss_b`, `delta` (nats).
@@ -96,7 +94,7 @@ def token_delta(table: pandas.DataFrame, a: str = "A", b: str = "B", labels: int
         "Where the loss changed along the text",
         width=8.6,
         height=3.6,
-        caption=f"One bar per token: nats of {b} minus nats of {a}. Below 0 (blue, hatched): {b} predicts the token better. "
+        caption=f"One bar per token: nats of {b} minus nats of {a}. Below 0 (blue, hatched): {b} predicts better. "
         f"Mean {table['delta'].mean():+.3f} nats over {len(table)} tokens."
         if len(table)
         else "",
@@ -127,7 +125,7 @@ def token_delta(table: pandas.DataFrame, a: str = "A", b: str = "B", labels: int
     return figure
 
 
-def position_loss(table: pandas.DataFrame, a: str = "A", b: str = "B") -> LabFigure:
+def position_loss(table: Table, a: str = "A", b: str = "B") -> LabFigure:
     """Mean loss of A and B in stretches of the text, by position, with ± 1.96 standard errors over the tokens."""
     figure, axes = new_figure(
         "Loss by position",
@@ -146,7 +144,9 @@ def position_loss(table: pandas.DataFrame, a: str = "A", b: str = "B") -> LabFig
         mean = np.array([values[p].mean() for p in parts])
         error = np.array([1.96 * values[p].std(ddof=1) / len(p) ** 0.5 if len(p) > 1 else 0.0 for p in parts])
         ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
-        ax.plot(x, mean, color=color, marker=marker, markersize=4.5, linewidth=1.6, linestyle="-" if marker == "o" else "--")
+        ax.plot(
+            x, mean, color=color, marker=marker, markersize=4.5, linewidth=1.6, linestyle="-" if marker == "o" else "--"
+        )
         ends.append((x[-1], mean[-1], f"{name} {values.mean():.2f}", color))
     ax.set_ylim(bottom=0)
     ax.margins(x=0.02)

@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from tinylab.plots.style import AREAS, COLORS, DASHES, FAINT, LabFigure, empty, label_ends, mark_stages, new_figure, token_axis
+from tinylab.plots.style import (
+    AREAS,
+    COLORS,
+    DASHES,
+    FAINT,
+    LabFigure,
+    empty,
+    label_ends,
+    mark_stages,
+    new_figure,
+    token_axis,
+)
 
 
 def mixture_of(run: Any) -> LabFigure:
@@ -18,10 +29,18 @@ def mixture_of(run: Any) -> LabFigure:
     config = getattr(run, "config", run)
     x, shares = mixture_points(config)
     figure, axes = new_figure(
-        "Mixture of the training data", height=3.4, caption="Share of samples by source, as the configuration prescribes it; ramps are linear."
+        "Mixture of the training data",
+        height=3.4,
+        caption="Share of samples by source, as the configuration prescribes it; ramps are linear.",
     )
     ax = axes[0, 0]
-    ax.stackplot(x, *[[100 * s for s in values] for values in shares.values()], colors=AREAS[: len(shares)], alpha=0.85, linewidth=0)
+    ax.stackplot(
+        x,
+        *[[100 * s for s in values] for values in shares.values()],
+        colors=AREAS[: len(shares)],
+        alpha=0.85,
+        linewidth=0,
+    )
     ax.set_ylim(0, 100)
     ax.set_xlim(0, x[-1])
     ax.set_ylabel("share of samples (%)")
@@ -29,7 +48,14 @@ def mixture_of(run: Any) -> LabFigure:
     mark_stages(ax, config)
     bottom, ends = 0.0, []
     for i, (name, values) in enumerate(shares.items()):
-        ends.append((x[-1], bottom + 50 * values[-1], f"{name} {values[-1]:.0%}", "#9A6A00" if AREAS[i % 8] == "#E69F00" else AREAS[i % 8]))
+        ends.append(
+            (
+                x[-1],
+                bottom + 50 * values[-1],
+                f"{name} {values[-1]:.0%}",
+                "#9A6A00" if AREAS[i % 8] == "#E69F00" else AREAS[i % 8],
+            )
+        )
         bottom += 100 * values[-1]
     label_ends(ax, ends)
     return figure
@@ -42,7 +68,11 @@ def mixture_points(config: Any) -> tuple[list[int], dict[str, list[float]]]:
     start, before = 0, config.mixture(0)
     for i, (stage, (_, last)) in enumerate(zip(config.stages, config.stage_bounds(), strict=True)):
         end, after = config.tokens_at(last), config.mixture(i)
-        corners = [(start, before if stage.ramp_tokens else after), (min(start + stage.ramp_tokens, end), after), (end, after)]
+        corners = [
+            (start, before if stage.ramp_tokens else after),
+            (min(start + stage.ramp_tokens, end), after),
+            (end, after),
+        ]
         for at, mixture in corners:
             x.append(at)
             for name, values in shares.items():
@@ -54,7 +84,9 @@ def mixture_points(config: Any) -> tuple[list[int], dict[str, list[float]]]:
 def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:
     """Histogram of document lengths in tokens, by source, on a log scale; medians marked."""
     figure, axes = new_figure(
-        "Length of documents", height=3.4, caption="Share of each source's documents; log scale. Vertical lines: medians."
+        "Length of documents",
+        height=3.4,
+        caption="Share of each source's documents; log scale. Vertical lines: medians.",
     )
     ax, top = axes[0, 0], 0.0
     known = {name: np.asarray(values, dtype=float) for name, values in lengths.items() if len(values)}
@@ -70,8 +102,8 @@ def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:
         ax.stairs(shares, bins, color=COLORS[i % 4], linewidth=1.8, linestyle=DASHES[i % 4])
         middle = float(np.median(values))
         ax.axvline(middle, color=COLORS[i % 4], linewidth=1.2, linestyle=":")
-        ax.text(0.99, 0.97 - 0.09 * i, f"{name}: {len(values):,} documents, median {middle:,.0f} tokens", color=COLORS[i % 4],
-                transform=ax.transAxes, ha="right", va="top", fontsize=9)  # fmt: skip
+        ax.text(0.99, 0.97 - 0.09 * i, f"{name}: {len(values):,} documents, median {middle:,.0f} tokens",
+                color=COLORS[i % 4], transform=ax.transAxes, ha="right", va="top", fontsize=9)  # fmt: skip
         top = max(top, float(shares.max()))
     ax.set_xscale("log")
     ax.set_ylim(0, top * (1.15 + 0.12 * len(known)))
@@ -86,7 +118,9 @@ def token_frequencies(counts: Mapping[str, Sequence[int]]) -> LabFigure:
     `counts` gives, for each source, the number of times each id occurs.
     """
     figure, axes = new_figure(
-        "Frequency of tokens by rank", height=3.6, caption="Share of all tokens; both scales are log. Grey: slope −1 (Zipf)."
+        "Frequency of tokens by rank",
+        height=3.6,
+        caption="Share of all tokens; both scales are log. Grey: slope −1 (Zipf).",
     )
     ax, ends = axes[0, 0], []
     for i, (name, values) in enumerate(counts.items()):

@@ -38,7 +38,9 @@ def table_html(table: pandas.DataFrame, caption: str = "", digits: int = 4) -> s
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
-        return f"<td>{escape('yes' if value is True else 'no' if value is False else '' if value is None else value)}</td>"
+        return (
+            f"<td>{escape('yes' if value is True else 'no' if value is False else '' if value is None else value)}</td>"
+        )
     number = float(value)
     if number != number:
         text = "n/a"

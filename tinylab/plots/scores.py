@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tinylab.plots.style import COLORS, DASHES, FAINT, INK, MARKERS, LabFigure, empty, new_figure, style_axes, token_axis
-
-if TYPE_CHECKING:
-    import pandas
+from tinylab.plots.style import (
+    COLORS,
+    DASHES,
+    FAINT,
+    INK,
+    MARKERS,
+    LabFigure,
+    Table,
+    empty,
+    new_figure,
+    style_axes,
+    token_axis,
+)
 
 SHORT = {
     "commonsense_avg7": "mean of the seven",
@@ -24,39 +33,41 @@ SHORT = {
 COLUMNS = 4
 
 
-def score_trajectories(
-    scores: pandas.DataFrame | None, published: pandas.DataFrame | None = None, reference: str = "tinyllama"
-) -> LabFigure:
+def score_trajectories(scores: Table | None, published: Table | None = None, reference: str = "tinyllama") -> LabFigure:
     """Accuracy over training tokens with 95% intervals and chance lines, one panel per task.
 
     `scores` is `Scores(store).table()`, a run's own tasks, on top; `published` is `published()`, below, on its own
     panels and its own token axis. `reference` is `tinyllama`, `pythia` or `both`: whose published points are drawn.
     """
+    table: Any = scores
     own = [] if scores is None or not len(scores) else list(dict.fromkeys(scores["task"]))
     shown = _published_rows(published, reference)
     tasks = [t for t in SHORT if len(shown) and (shown["task"] == t).any()]
-    own_rows, published_rows = -(-len(own) // COLUMNS), -(-len(tasks) // COLUMNS)
+    columns = COLUMNS if tasks else max(1, min(COLUMNS, len(own)))
+    own_rows, published_rows = -(-len(own) // columns), -(-len(tasks) // columns)
     rows = max(1, own_rows + published_rows)
     figure, axes = new_figure(
         "Scores over training",
         rows=rows,
-        columns=COLUMNS if own_rows + published_rows else 1,
-        width=10.0,
-        height=0.9 + 2.35 * rows,
-        caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance. Panels have scales of their own.",
+        columns=columns,
+        width={1: 5.2, 2: 7.6}.get(columns, 10.0),
+        height=(0.9 if tasks or not own else 1.3) + 2.35 * rows,
+        caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance. "
+        "Panels have scales of their own.",
     )
     for i, task in enumerate(own):
-        ax = axes[i // COLUMNS, i % COLUMNS]
-        _panel(ax, scores[scores["task"] == task], task, "this run", 0)  # type: ignore[index]
+        ax = axes[i // columns, i % columns]
+        _panel(ax, table[table["task"] == task], f"this run: {task}", "this run", 0)
     for i, task in enumerate(tasks):
-        ax = axes[own_rows + i // COLUMNS, i % COLUMNS]
+        ax = axes[own_rows + i // columns, i % columns]
         rows_of_task = shown[shown["task"] == task]
         for j, (family, group) in enumerate(rows_of_task.groupby("family", sort=False)):
             _panel(ax, group, SHORT[task], str(family), 1 + list(FAMILIES.values()).index(str(family)), label=j)
-    used = {(i // COLUMNS, i % COLUMNS) for i in range(len(own))}
-    used |= {(own_rows + i // COLUMNS, i % COLUMNS) for i in range(len(tasks))}
+    used = {(i // columns, i % columns) for i in range(len(own))}
+    used |= {(own_rows + i // columns, i % columns) for i in range(len(tasks))}
     for place in np.ndindex(axes.shape):
-        axes[place].set_visible(place in used or not used)
+        panel: Any = axes[place]
+        panel.set_visible(place in used or not used)
     if not used:
         empty(axes[0, 0], "no scores yet")
     _share_legend(figure, axes, own_rows, bool(tasks))
@@ -66,7 +77,7 @@ def score_trajectories(
 FAMILIES = {"v1.0": "TinyLlama v1.0", "v1.1": "TinyLlama v1.1", "pythia": "Pythia-1.0B"}
 
 
-def _published_rows(published: pandas.DataFrame | None, reference: str) -> Any:
+def _published_rows(published: Table | None, reference: str) -> Any:
     """The published rows of the wanted family, with the column `family`."""
     if published is None or not len(published):
         return ()
@@ -87,13 +98,13 @@ def _family(label: str) -> str | None:
     return None if label.startswith("v1.1") else FAMILIES["v1.0"]
 
 
-def _panel(ax: Any, rows: pandas.DataFrame, title: str, name: str, color: int, label: int = 0) -> None:
+def _panel(ax: Any, rows: Table, title: str, name: str, color: int, label: int = 0) -> None:
     """One series with its intervals in one panel, in percent."""
     rows = rows.sort_values("tokens")
     x, y = rows["tokens"].to_numpy(float), 100 * rows["value"].to_numpy(float)
     low, high = 100 * rows["low"].to_numpy(float), 100 * rows["high"].to_numpy(float)
     ax.errorbar(
-        x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], color=COLORS[color], ecolor=COLORS[color], elinewidth=1.2,
+        x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], color=COLORS[color], elinewidth=1.2,
         capsize=2, marker=MARKERS[color], markersize=4.5, linewidth=1.4, linestyle=DASHES[color], label=name,
     )  # fmt: skip
     chance = rows["chance"].dropna()
@@ -103,7 +114,9 @@ def _panel(ax: Any, rows: pandas.DataFrame, title: str, name: str, color: int, l
         style_axes(ax)
         metric = rows["metric"].iloc[0] if "metric" in rows else "accuracy"
         ax.set_title(title.replace("_", " "), fontsize=9.5, color=INK, loc="left")
-        ax.set_ylabel(f"{'acc. by mutual info' if metric == 'acc_mutual_info' else metric.replace('_', ' ')} (%)", fontsize=8.5)
+        ax.set_ylabel(
+            f"{'acc. by mutual info' if metric == 'acc_mutual_info' else metric.replace('_', ' ')} (%)", fontsize=8.5
+        )
     ax.margins(x=0.08)
     token_axis(ax)
     ax.xaxis.get_major_locator().set_params(nbins=4)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tinylab.plots.escape import escape, table_html
-
-if TYPE_CHECKING:
-    import pandas
+from tinylab.plots.style import Table
 
 BETTER, WORSE = (0, 114, 178), (213, 94, 0)
 
 
-def token_loss_html(table: pandas.DataFrame, a: str = "A", b: str = "B", limit: float | None = None, top: int = 8) -> str:
+def token_loss_html(table: Table, a: str = "A", b: str = "B", limit: float | None = None, top: int = 8) -> str:
     """The text, each token shaded by loss B − loss A: blue where B is better, vermillion where worse, white at 0.
 
     `table` has one row per predicted token: `position`, `text`, `loss_a`, `loss_b`, `delta` (nats). `limit` is the
@@ -22,7 +18,10 @@ def token_loss_html(table: pandas.DataFrame, a: str = "A", b: str = "B", limit: 
     if not len(table):
         return "<p>The text has no token to predict.</p>"
     scale = limit or max(float(table["delta"].abs().quantile(0.95)), 1e-6)
-    spans = [_span(*row, scale) for row in table[["text", "loss_a", "loss_b", "delta"]].itertuples(index=False, name=None)]
+    spans = [
+        _span(text, la, lb, delta, scale)
+        for text, la, lb, delta in table[["text", "loss_a", "loss_b", "delta"]].itertuples(index=False, name=None)
+    ]
     mean = float(table["delta"].mean())
     verdict = "better" if mean < 0 else "worse" if mean > 0 else "the same"
     named = table.sort_values("delta")
@@ -32,7 +31,8 @@ def token_loss_html(table: pandas.DataFrame, a: str = "A", b: str = "B", limit: 
         f"{_swatch(1)} {escape(b)} worse by {scale:.2f} nats or more"
     )
     return (
-        f'<div class="tinylab-tokens"><p>{escape(b)} is {verdict} on average: {mean:+.3f} nats per token over {len(table)} tokens '
+        f'<div class="tinylab-tokens"><p>{escape(b)} is {verdict} on average: {mean:+.3f} nats per token over '
+        f"{len(table)} tokens "
         f"({escape(a)} {table['loss_a'].mean():.3f}, {escape(b)} {table['loss_b'].mean():.3f}).</p>"
         f'<p style="font-size:85%">{legend}</p>'
         f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.7;border:1px solid #ddd;padding:8px;'
@@ -60,7 +60,7 @@ def _swatch(share: float) -> str:
     return f'<span style="background:{_color(share)};border:1px solid #999;padding:0 0.7em"></span>'
 
 
-def _top(rows: pandas.DataFrame, caption: str) -> str:
+def _top(rows: Table, caption: str) -> str:
     if not len(rows):
         return ""
     shown = rows[["position", "text", "loss_a", "loss_b", "delta"]].copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+Table = Any
+"""A pandas DataFrame; pandas' own types are too wide to compute with."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 """Okabe-Ito in a fixed order; each at least 3:1 on white."""
 AREAS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -38,11 +41,19 @@ class LabFigure(Figure):
 
 
 def new_figure(
-    title: str, *, rows: int = 1, columns: int = 1, width: float = 7.6, height: float = 4.0, caption: str = "", **grid: Any
+    title: str,
+    *,
+    rows: int = 1,
+    columns: int = 1,
+    width: float = 7.6,
+    height: float = 4.0,
+    caption: str = "",
+    **grid: Any,
 ) -> tuple[LabFigure, np.ndarray]:
     """A figure and its axes (rows, columns): title left, grid faint, caption under everything in grey."""
     figure = LabFigure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **grid)
+    caption = "\n".join(line for part in caption.splitlines() for line in textwrap.wrap(part, int(15.2 * width)))
     lines = caption.count("\n") + 1 if caption else 0
     foot, head = (0.17 * lines + 0.08) / height if lines else 0.0, 0.36 / height
     figure.get_layout_engine().set(rect=(0.004, foot, 0.992, 1 - foot - head), w_pad=0.06, h_pad=0.05)  # type: ignore[union-attr]
@@ -81,13 +92,14 @@ def token_axis(ax: Axes, label: str = "training tokens") -> None:
     ax.set_xlabel(label)
 
 
-def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.062) -> None:
-    """Text behind the last point of each series (x, y, text, colour), moved apart where it would overlap.
+def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], lines: int = 1) -> None:
+    """Text behind the last point of each series (x, y, text of `lines` lines, colour), apart where it would overlap.
 
-    `gap` is the least distance as a share of the axis height. Call it after the limits are final.
+    Call it after the limits are final.
     """
+    gap = 0.185 * lines / max(ax.get_figure().get_figheight() - 1.3, 1.0)  # type: ignore[union-attr]
     low, high = ax.get_ylim()
-    to_share, to_value = (_log_share(low, high) if ax.get_yscale() == "log" else _linear_share(low, high))
+    to_share, to_value = _log_share(low, high) if ax.get_yscale() == "log" else _linear_share(low, high)
     ordered = sorted(ends, key=lambda end: to_share(end[1]))
     places: list[float] = []
     for end in ordered:

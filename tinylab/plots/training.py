@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from tinylab.plots.style import (
     FAINT,
     MARKERS,
     LabFigure,
+    Table,
     empty,
     format_count,
     label_ends,
@@ -20,9 +21,6 @@ from tinylab.plots.style import (
     new_figure,
     token_axis,
 )
-
-if TYPE_CHECKING:
-    import pandas
 
 
 def loss_curves(runs: Sequence[Any], smooth: float | None = None, x: str = "tokens") -> LabFigure:
@@ -37,7 +35,8 @@ def loss_curves(runs: Sequence[Any], smooth: float | None = None, x: str = "toke
     figure, axes = new_figure(
         "Loss over training",
         height=4.3,
-        caption=f"Faint: every step's loss, mean over the global batch. Bold: mean over the last {format_count(width)} tokens. "
+        caption=f"Faint: every step's loss, mean over the global batch. Bold: mean over the last "
+        f"{format_count(width)} tokens. "
         "Markers: validation loss on held-out documents.",
     )
     ax, ends, floor = axes[0, 0], [], []
@@ -57,7 +56,9 @@ def loss_curves(runs: Sequence[Any], smooth: float | None = None, x: str = "toke
             accent = COLORS[1] if len(series) == 1 else color
             at, values = _x_values(metrics, x)[measured.index], measured.to_numpy(float)
             ax.plot(at, values, color=accent, linewidth=1.2, linestyle=DASHES[1], alpha=0.85)
-            ax.plot(at, values, MARKERS[i % 4], color=accent, markersize=5, markeredgecolor="white", markeredgewidth=0.8)
+            ax.plot(
+                at, values, MARKERS[i % 4], color=accent, markersize=5, markeredgecolor="white", markeredgewidth=0.8
+            )
             if len(series) <= 2:
                 tail = "validation" if len(series) == 1 else f"{label}, validation"
                 ends.append((at[-1], values[-1], f"{tail} {values[-1]:.2f}", accent))
@@ -88,7 +89,9 @@ def validation_bits(runs: Sequence[Any]) -> LabFigure:
             continue
         at, values, color = metrics["tokens"][measured.index].to_numpy(float), measured.to_numpy(float), COLORS[i % 4]
         ax.plot(at, values, color=color, linestyle=DASHES[i % 4], marker=MARKERS[i % 4], markersize=5, linewidth=1.6)
-        ends.append((at[-1], values[-1], f"{label} {values[-1]:.2f}" if len(series) > 1 else f"{values[-1]:.2f}", color))
+        ends.append(
+            (at[-1], values[-1], f"{label} {values[-1]:.2f}" if len(series) > 1 else f"{values[-1]:.2f}", color)
+        )
     if not ends:
         empty(ax, "validation has not been measured yet")
         return figure
@@ -129,7 +132,9 @@ def gradient_norm(runs: Sequence[Any]) -> LabFigure:
     """Gradient norm before clipping, per step, log scale, with the clipping threshold where a run has one."""
     series = [_series(run) for run in runs]
     figure, axes = new_figure(
-        "Gradient norm", height=3.2, caption="Global norm before clipping, every step; log scale. Dashed: the clipping threshold."
+        "Gradient norm",
+        height=3.2,
+        caption="Global norm before clipping, every step; log scale. Dashed: the clipping threshold.",
     )
     ax, ends = axes[0, 0], []
     for i, (label, metrics, config) in enumerate(series):
@@ -165,7 +170,8 @@ def throughput(runs: Sequence[Any]) -> LabFigure:
         columns=2,
         width=8.6,
         height=3.4,
-        caption="Left: every step but the first of each process; the line is the run's median. Right: peak memory on this rank.\n"
+        caption="Left: every step but the first of each process; the line is the run's median. "
+        "Right: peak memory on this rank.\n"
         "Data wait is the share of step time in which the trainer waited for the loader.",
     )
     speed, memory = axes[0]
@@ -191,7 +197,7 @@ def throughput(runs: Sequence[Any]) -> LabFigure:
     for ax in (speed, memory):
         ax.margins(x=0.02)
         token_axis(ax)
-    label_ends(speed, ends, gap=0.2)
+    label_ends(speed, ends, lines=3)
     return figure
 
 
@@ -206,23 +212,24 @@ def moving_mean(tokens: np.ndarray, values: np.ndarray, width: float) -> np.ndar
     return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
-def _series(run: Any) -> tuple[str, pandas.DataFrame, Any]:
+def _series(run: Any) -> tuple[str, Table, Any]:
     """(label, metrics with a plain index, configuration or None) of a Run or a (label, DataFrame) pair."""
     if isinstance(run, tuple):
         return str(run[0]), run[1].reset_index(drop=True), None
     return run.name, run.metrics().reset_index(drop=True), run.config
 
 
-def _measured(metrics: pandas.DataFrame, name: str) -> pandas.Series:
+def _measured(metrics: Table, name: str) -> Any:
     """The values of a metric where it was measured."""
     import pandas
 
     if name not in metrics:
         return pandas.Series([], dtype=float)
-    return pandas.to_numeric(metrics[name]).dropna()
+    numbers: Any = pandas.to_numeric(metrics[name])
+    return numbers.dropna()
 
 
-def _x_values(metrics: pandas.DataFrame, x: str) -> np.ndarray:
+def _x_values(metrics: Table, x: str) -> np.ndarray:
     if x == "hours":
         return metrics["step_time_s"].cumsum().to_numpy(float) / 3600
     return metrics[x].to_numpy(float)
