@@ -1,0 +1,281 @@
+"""Checkpoints of a run: committed whole, verified before use, set aside when damaged, pruned only behind a newer one.
+
+    checkpoints/step-00000500/
+        config.json, model*.safetensors, tokenizer …    a Hugging Face model folder
+        trainer/optimizer.safetensors                   the optimizer's tensors, by parameter
+        trainer/rng.safetensors                         random number generators, by rank
+        trainer/trainer.json                            plain values: step, tokens, stage, fingerprints …
+        manifest.json                                   bytes and SHA-256 of every file
+
+Nothing is pickled. Steps are compared as integers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinylab.checkpoint.huggingface import save_weights, write_config
+from tinylab.config.schema import Model, RunConfig
+from tinylab.data.shards import ShardSet
+from tinylab.errors import CheckpointError
+from tinylab.runs.durable import disk_error, failpoint, fsync_path
+from tinylab.runs.folder import Run, step_name, step_of
+from tinylab.runs.manifest import TEMPORARY_PREFIX, commit_folder, temporary_folder, verify_folder
+
+FORMAT_VERSION = 1
+"""Of `trainer/`; a folder of another version is refused."""
+QUARANTINE = "quarantine"
+_SPARE = 1.05
+"""Room asked for before a save, as a multiple of the tensors' bytes."""
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """Everything of a training state that a checkpoint holds, whole and on the CPU."""
+
+    weights: Mapping[str, Tensor]
+    """The model's own parameter names, fp32."""
+    optimizer: Mapping[str, Tensor]
+    """`<parameter>.<state>`, e.g. `embed.weight.exp_avg`."""
+    rng: Mapping[str, Tensor]
+    """uint8 states: `cpu.0`, `cuda.0`, … by rank."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """Plain values of `trainer.json`; `step` and `tokens` at least."""
+
+
+def save_checkpoint(run: Run, snapshot: Snapshot, model: Model, shards: ShardSet) -> Path:
+    """Commit the checkpoint of `snapshot.record["step"]` with its journal line, and return its folder.
+
+    The tokenizer's files of `shards` are copied beside the weights.
+    Raises CheckpointError naming the path and the room needed and free when it cannot be written; what was committed
+    before stays as it is, and nothing appears under the final name.
+    """
+    step = snapshot.record["step"]
+    target = run.checkpoints_path / step_name(step)
+    needed = sum(t.nbytes for part in (snapshot.weights, snapshot.optimizer, snapshot.rng) for t in part.values())
+    _require_room(target, int(needed * _SPARE))
+    temporary = temporary_folder(target)
+    failpoint("save.begun")
+    try:
+        _fill(temporary, snapshot, model, shards)
+        commit_folder(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        cause = error if isinstance(error, OSError) else OSError(None, str(error))
+        raise disk_error(target, cause, needed) from error
+    except CheckpointError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    run.write_journal("committed", step=step, tokens=snapshot.record["tokens"])
+    failpoint("save.journaled")
+    return target
+
+
+def _fill(folder: Path, snapshot: Snapshot, model: Model, shards: ShardSet) -> None:
+    """Write every file of a checkpoint but its manifest."""
+    save_weights(snapshot.weights, model, folder)
+    failpoint("save.weights_written")
+    ids = shards.manifest["tokenizer"]
+    write_config(model, folder, bos_id=ids["bos_id"], eos_id=ids["eos_id"])
+    for file in sorted(shards.tokenizer_path.iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    trainer = folder / "trainer"
+    trainer.mkdir()
+    save_file(_contiguous(snapshot.optimizer), trainer / "optimizer.safetensors")
+    failpoint("save.optimizer_written")
+    save_file(_contiguous(snapshot.rng), trainer / "rng.safetensors")
+    record = {"format_version": FORMAT_VERSION, **snapshot.record}
+    (trainer / "trainer.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+    failpoint("save.trainer_written")
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _require_room(target: Path, needed: int) -> None:
+    """Raise CheckpointError before the first byte when the disk cannot hold the checkpoint."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"cannot write {target}: about {needed} bytes needed, {free} bytes free; "
+            "make room and repeat the same command"
+        )
+
+
+def latest_good(run: Run) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that equals its manifest (None before the first save), and what was done on the way.
+
+    A damaged one is moved to RUN/quarantine/, never deleted, and the next older one is tried. A complete folder whose
+    `committed` line is missing (a kill in between) gets it. Leftovers of killed saves are removed.
+    Raises CheckpointError when checkpoints were committed but none is left that holds.
+    """
+    _remove_leftovers(run)
+    notes: list[str] = []
+    journal = run.journal()
+    for folder in sorted(_step_folders(run), key=_step, reverse=True):
+        problems = _problems(folder)
+        if problems:
+            notes.append(_set_aside(run, folder, problems))
+            failpoint("resume.set_aside")
+            continue
+        record = read_record(folder)
+        if not any(line["event"] == "committed" and line.get("step") == record["step"] for line in journal):
+            run.write_journal("committed", step=record["step"], tokens=record["tokens"], recovered=True)
+            failpoint("resume.journaled")
+        return folder, notes
+    if any(line["event"] == "committed" for line in journal):
+        raise CheckpointError(
+            f"{run.path} must hold at least one undamaged checkpoint to go on from; found none: "
+            + ("; ".join(notes) or f"{run.checkpoints_path} is empty although the journal names committed ones")
+            + ". Restore one from a copy, or start anew in another run folder"
+        )
+    return None, notes
+
+
+def _step_folders(run: Run) -> list[Path]:
+    return [p for p in run.checkpoints_path.iterdir() if step_of(p.name) is not None and p.is_dir()]
+
+
+def _step(folder: Path) -> int:
+    return step_of(folder.name) or 0
+
+
+def _problems(folder: Path) -> list[str]:
+    """Why a checkpoint must not be used; empty when it holds."""
+    try:
+        problems = verify_folder(folder)
+        if not problems and read_record(folder)["step"] != _step(folder):
+            problems = [
+                f"{folder / 'trainer' / 'trainer.json'}: step {read_record(folder)['step']} in a folder of another"
+            ]
+    except CheckpointError as error:
+        return [str(error)]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}; check the path and its permissions") from error
+    return problems
+
+
+def _set_aside(run: Run, folder: Path, problems: list[str]) -> str:
+    """Move a damaged checkpoint out of the way, with a journal line; returns what to tell the user."""
+    place = run.path / QUARANTINE / folder.name
+    number = 1
+    while place.exists():
+        number += 1
+        place = place.with_name(f"{folder.name}.{number}")
+    try:
+        place.parent.mkdir(exist_ok=True)
+        folder.rename(place)
+        fsync_path(folder.parent)
+        fsync_path(place.parent)
+    except OSError as error:
+        raise disk_error(place, error) from error
+    run.write_journal("quarantined", step=_step(folder), problems=problems[:20])
+    return f"{folder.name} is damaged ({'; '.join(problems[:3])}) and was moved to {place}"
+
+
+def _remove_leftovers(run: Run) -> None:
+    """Remove what a killed save or prune left behind."""
+    for path in run.checkpoints_path.glob(f"{TEMPORARY_PREFIX}*"):
+        _remove(path)
+    failpoint("resume.cleaned")
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder; a delete that fails is told, not fatal."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        print(f"warning: cannot remove {path}: {error.strerror}; remove it by hand", file=sys.stderr)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`trainer.json` of a checkpoint. Raises CheckpointError when it is missing, malformed or of another version."""
+    path = folder / "trainer" / "trainer.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be readable JSON; found: {error}. Use another checkpoint") from error
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} must have format_version {FORMAT_VERSION}; found {version}. Resume with the tinylab that wrote it"
+        )
+    return record
+
+
+def load_trainer(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """(trainer.json, optimizer tensors, RNG tensors) of a verified checkpoint, on the CPU."""
+    record = read_record(folder)
+    try:
+        optimizer = load_file(folder / "trainer" / "optimizer.safetensors")
+        rng = load_file(folder / "trainer" / "rng.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / 'trainer'} must hold readable safetensors; found: {error}") from error
+    return record, optimizer, rng
+
+
+def is_regular(config: RunConfig, step: int) -> bool:
+    """Whether the checkpoint of `step` exists only because `saving.every_tokens` passed: retention may remove it."""
+    permanent = step in early_steps(config) or step in {last for _, last in config.stage_bounds()}
+    return not permanent
+
+
+def early_steps(config: RunConfig) -> list[int]:
+    """Steps 1, 2, 4, 8, … below the first regular checkpoint; none when `saving.early` is off."""
+    steps, step = [], 1
+    while config.saving.early and step <= config.steps and config.tokens_at(step) < config.saving.every_tokens:
+        steps.append(step)
+        step *= 2
+    return steps
+
+
+def saves_at(config: RunConfig, step: int) -> bool:
+    """Whether the run commits a checkpoint after `step`: early steps, each crossing of every_tokens, stage ends."""
+    every = config.saving.every_tokens
+    crossed = config.tokens_at(step) // every > config.tokens_at(step - 1) // every
+    return crossed or not is_regular(config, step)
+
+
+def prune(run: Run, config: RunConfig) -> list[int]:
+    """Remove regular checkpoints beyond the newest `saving.keep`, and return their steps.
+
+    Only after the newest checkpoint, just committed, was read back and equals its manifest; nothing is removed
+    otherwise. Early and stage-end checkpoints stay.
+    """
+    if config.saving.keep is None:
+        return []
+    folders = run.checkpoints()
+    regular = [p for p in folders if is_regular(config, _step(p))]
+    surplus = regular[: -config.saving.keep]
+    if not surplus:
+        return []
+    problems = _problems(folders[-1])
+    if problems:
+        raise CheckpointError(
+            f"{folders[-1]} must equal its manifest right after its commit; found {'; '.join(problems)}. "
+            "No older checkpoint was removed. Check the disk and repeat the same command"
+        )
+    failpoint("prune.verified")
+    for folder in surplus:
+        doomed = folder.with_name(f"{TEMPORARY_PREFIX}prune-{folder.name}")
+        try:
+            folder.rename(doomed)
+        except OSError as error:
+            print(f"warning: cannot remove {folder}: {error.strerror}", file=sys.stderr)
+            continue
+        failpoint("prune.renamed")
+        _remove(doomed)
+        failpoint("prune.removed")
+    return [_step(p) for p in surplus]

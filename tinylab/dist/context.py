@@ -1,0 +1,132 @@
+"""Where this process stands among the processes of a job: rank, world and device as one object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as distributed
+
+from tinylab.config.schema import Parallel
+from tinylab.errors import LaunchError
+
+TIMEOUT_S = 600.0
+"""How long a collective may wait for a slow or dead rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One process of a training job. A single process has world 1 and needs no process group."""
+
+    rank: int = 0
+    """Number of this process, from 0; rank 0 writes the run folder."""
+    world: int = 1
+    """Number of processes."""
+    local_world: int = 1
+    """Number of processes on this machine."""
+    device: torch.device = torch.device("cpu")
+    """Where this process computes."""
+    threads: int = 1
+    """CPU threads of this process."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Each value summed over all ranks, exact while the sums stay below 2^63. On the CPU: no device waits."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over all ranks, in place, on its own device."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def require_equal(self, digest: str, what: str) -> None:
+        """Raise LaunchError naming the ranks whose `digest` differs from rank 0's."""
+        own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+        parts = self.gather_tensor(own)
+        other = [str(rank) for rank, part in enumerate(parts) if not torch.equal(part, parts[0])]
+        if other:
+            raise LaunchError(
+                f"{what} must be equal on all {self.world} ranks before the first step; rank {', '.join(other)} "
+                "differs from rank 0. Start every rank from the same code, configuration and files"
+            )
+
+    def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """`tensor` of every rank, by rank, on every rank; equal shapes and types."""
+        if self.world == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        distributed.all_gather(parts, tensor)
+        return parts
+
+    def wait(self) -> None:
+        """Return once every rank is here."""
+        if self.world > 1:
+            self.sum_integers([0])
+
+
+@contextmanager
+def open_context(parallel: Parallel) -> Iterator[Context]:
+    """The context of this process, from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE).
+
+    Sets the number of CPU threads; a job of several processes gets a process group (gloo for CPU tensors, NCCL for
+    CUDA ones) that ends with the context. Raises LaunchError when the asked device or a peer is missing.
+    """
+    rank, world = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    local_rank, local_world = _integer("LOCAL_RANK", rank), _integer("LOCAL_WORLD_SIZE", world)
+    device = _device(parallel.device, local_rank)
+    threads = parallel.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
+    torch.set_num_threads(threads)
+    context = Context(rank=rank, world=world, local_world=local_world, device=device, threads=threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield context
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        distributed.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S))
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"rank {rank} of {world} must reach the others at MASTER_ADDR:MASTER_PORT; found: {error}. "
+            "Start all ranks with torchrun"
+        ) from error
+    try:
+        yield context
+    finally:
+        distributed.destroy_process_group()
+
+
+def _integer(name: str, default: int) -> int:
+    """A whole number from the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise LaunchError(f"{name} must be a whole number; found {text!r}. Start the job with torchrun")
+    return int(text)
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    """The device `wanted` (`auto`: CUDA where there is one)."""
+    available = torch.cuda.is_available() if wanted != "cpu" else False
+    if wanted == "cuda" and not available:
+        raise LaunchError('parallel.device = "cuda" needs a working CUDA device; found none. Set it to "cpu" or "auto"')
+    if not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"every rank of a machine needs its own CUDA device; found {torch.cuda.device_count()} for local rank "
+            f"{local_rank}. Start fewer processes per machine"
+        )
+    return torch.device("cuda", local_rank)

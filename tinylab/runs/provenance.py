@@ -1,0 +1,83 @@
+"""Where a run comes from: commit, package versions, machine and command, with secrets left out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("tinylab", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "gigatoken", "datasets")
+HIDDEN = "***"
+_SECRET_NAME = re.compile(r"(token|secret|password|passwd|credential|api[_-]?key|auth)$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_|ghp_|sk-|xox[bp]-|AKIA)[A-Za-z0-9_-]{12,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+
+
+def provenance() -> dict[str, Any]:
+    """What `provenance.json` holds: time (Unix s), git commit of the package (None outside a checkout), Python and
+    package versions, machine, command line with secret values replaced by `***`.
+    """
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "time": time.time(),
+        "git": git_state(Path(__file__).resolve().parents[2]),
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+        },
+        "command": redact(sys.argv),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that `folder` is the root of, and whether tracked files differ from it; None if none."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": dirty}
+
+
+def redact(arguments: list[str]) -> list[str]:
+    """The arguments without the values of options whose names speak of secrets, and without known kinds of tokens."""
+    result, hide = [], False
+    for argument in arguments:
+        name, equals, _ = argument.rpartition("=")
+        if hide:
+            argument = HIDDEN
+        elif equals and _SECRET_NAME.search(name):
+            argument = f"{name}={HIDDEN}"
+        hide = not hide and not equals and argument.startswith("-") and bool(_SECRET_NAME.search(argument))
+        result.append(_SECRET_VALUE.sub(HIDDEN, argument))
+    return result
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _processor() -> str:
+    """The processor's name as the kernel gives it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()

@@ -1,0 +1,160 @@
+"""What accompanies a run without changing it: a stop request, the heartbeat, the progress line, a caller's own hooks.
+
+| hook | does |
+|---|---|
+| StopRequest | notes SIGTERM, SIGINT, SIGUSR1 and the file RUN/stop; the loop asks between steps |
+| Heartbeat | replaces `status.json`, at most once a second |
+| Progress | one line on standard error: loss, tokens/s, time left |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tinylab.config.schema import RunConfig
+from tinylab.errors import RunStopped
+from tinylab.runs.folder import Run
+
+HEARTBEAT_S = 1.0
+PLAIN_LINE_S = 10.0
+"""Between progress lines where standard error is no terminal."""
+STOP_FILE = "stop"
+SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGTERM}
+"""Signals that stop a run, and the one whose exit code they give: 130 for SIGINT, 143 for the others."""
+
+
+class Hook:
+    """Called by rank 0, in the order: start, (step, checkpoint)*, end. Override what is needed; results change nothing."""
+
+    def start(self, config: RunConfig, step: int) -> None:
+        """Before the first step of this process; `step` steps were done before."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """After a step whose line, `record`, is in `metrics.jsonl`."""
+
+    def checkpoint(self, path: Path) -> None:
+        """After the checkpoint at `path` was committed."""
+
+    def end(self) -> None:
+        """After the last step of this process, however it ends."""
+
+
+class StopRequest:
+    """Notes that the run shall stop. Until `defer`, a signal ends at once: nothing is done yet that could be lost."""
+
+    def __init__(self, run: Run) -> None:
+        self.reason: str | None = None
+        self.signal_number = int(signal.SIGTERM)
+        self._file = run.path / STOP_FILE
+        self._deferred = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._note) for s in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        self.signal_number = int(SIGNALS[signal.Signals(number)])
+        if not self._deferred:
+            raise self.stopped("before its first step")
+
+    def defer(self) -> None:
+        """From now on only note signals: the loop stops between two steps, after a checkpoint."""
+        self._deferred = True
+
+    def forget_file(self) -> None:
+        """Remove a stop file: an old one at the start, an obeyed one at the end."""
+        self._file.unlink(missing_ok=True)
+
+    def requested(self) -> bool:
+        """Whether a signal came or RUN/stop exists."""
+        if self.reason is None and self._file.exists():
+            self.reason = "stop file"
+        return self.reason is not None
+
+    def stopped(self, where: str) -> RunStopped:
+        """The exception that ends the run."""
+        return RunStopped(
+            f"stopped {where} ({self.reason or 'by another rank'}); repeat the same command to go on",
+            self.signal_number,
+        )
+
+
+class Heartbeat(Hook):
+    """Keeps `status.json` fresh, and knows which step the run has reached."""
+
+    def __init__(self, run: Run, config: RunConfig, step: int) -> None:
+        self._run, self._config = run, config
+        self._written = 0.0
+        self.at = step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens after the step reached."""
+        return self._config.tokens_at(self.at)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.at = record["step"]
+        now = time.monotonic()
+        if now - self._written >= HEARTBEAT_S:
+            self._written = now
+            self.write("running", **{k: record[k] for k in ("loss", "stage", "tokens_per_s")})
+
+    def write(self, state: str, **more: Any) -> None:
+        """Replace the status now."""
+        self._run.write_status(state, self.at, steps=self._config.steps, tokens=self.tokens, **more)
+
+
+class Progress(Hook):
+    """The progress line: a bar in a terminal, else a plain line each ten seconds."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._printed = 0.0
+
+    def start(self, config: RunConfig, step: int) -> None:
+        self._config, self._first, self._began = config, step, time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", False)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        last = record["step"] == self._config.steps
+        if self._printed == 0.0 or last or now - self._printed >= PLAIN_LINE_S:
+            self._printed = now
+            per_step = (now - self._began) / (record["step"] - self._first)
+            left = round((self._config.steps - record["step"]) * per_step)
+            print(
+                f"step {record['step']}/{self._config.steps}  {record['tokens']:,} tokens  loss {record['loss']:.3f}  "
+                f"{record['tokens_per_s']:,.0f} tokens/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def progress_hooks(wanted: bool) -> list[Hook]:
+    """The progress line, unless it is unwanted or an executor (papermill) collects the output: TINYLAB_EXECUTOR."""
+    return [Progress()] if wanted and not os.environ.get("TINYLAB_EXECUTOR") else []

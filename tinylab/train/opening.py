@@ -1,0 +1,158 @@
+"""Before the first step: a new run folder or an old one to go on with, and everything that must fit checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tinylab.checkpoint.store import latest_good, read_record
+from tinylab.config.io import run_to_dict, run_to_toml
+from tinylab.config.schema import Parallel, RunConfig
+from tinylab.data.shards import ShardSet
+from tinylab.dist.context import Context
+from tinylab.errors import CheckpointError, ConfigError, DataError
+from tinylab.runs.durable import disk_error, failpoint, write_atomic
+from tinylab.runs.folder import Run, step_name
+from tinylab.runs.metrics import MetricsLog
+from tinylab.runs.provenance import provenance
+
+LAYOUT_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision")
+"""Keys that may change between two starts: they lay out the work, and shift at most the last bits of the weights."""
+
+
+@contextmanager
+def one_trainer(run: Run, context: Context) -> Iterator[None]:
+    """Hold the run folder on rank 0, made if missing. Raises CheckpointError when another process trains in it."""
+    if not context.is_main:
+        yield
+        return
+    try:
+        run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(run.path, error) from error
+    with run.lock():
+        yield
+
+
+def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
+    """The checkpoint to go on from, None for a run without one; the same on every rank.
+
+    Rank 0 makes a new folder, or refuses one of another configuration (ConfigError naming the keys), repairs what a
+    kill left torn, and takes the newest checkpoint that holds.
+    """
+    step = 0
+    if context.is_main:
+        _require_divisible(config, context.world)
+        for torn in run.path.glob(".*.tmp"):
+            torn.unlink()
+        if run.exists():
+            _require_same(config, run)
+        else:
+            failpoint("open.locked")
+            run.create(config, provenance())
+            failpoint("open.created")
+        run.checkpoints_path.mkdir(mode=0o700, exist_ok=True)
+        run.repair_journal()
+        checkpoint, notes = latest_good(run)
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
+        step = read_record(checkpoint)["step"] if checkpoint else 0
+    step = context.sum_integers([step])[0]
+    return run.checkpoints_path / step_name(step) if step else None
+
+
+def _require_divisible(config: RunConfig, world: int) -> None:
+    """Raise ConfigError unless every stage's batch gives each rank the same number of sequences."""
+    for stage in config.stages:
+        sequences = stage.batch_tokens // config.model.seq_len
+        if sequences % world:
+            low = max(sequences // world, 1) * world * config.model.seq_len
+            raise ConfigError(
+                f"stages.{stage.name}.batch_tokens ({stage.batch_tokens}, {sequences} sequences) must give each of "
+                f"{world} ranks the same number of sequences; nearest valid: {low}, or other ranks"
+            )
+
+
+def _require_same(config: RunConfig, run: Run) -> None:
+    """Raise ConfigError naming every key that differs from the run's; a changed layout is written down instead."""
+    before, now = flatten(run_to_dict(run.config)), flatten(run_to_dict(config))
+    changed = {
+        k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
+    }
+    refused = {k: v for k, v in changed.items() if k not in LAYOUT_KEYS}
+    if refused:
+        lines = [f"{key} = {_show(new)} asked, {_show(old)} in the run" for key, (old, new) in refused.items()]
+        hint = " A run cannot be made longer or shorter." if any(k.endswith(".tokens") for k in refused) else ""
+        raise ConfigError(
+            f"{run.config_path} must equal the configuration asked for; {len(refused)} keys differ: "
+            f"{'; '.join(lines)}.{hint} Choose another run folder, or repeat the run's own configuration"
+        )
+    if changed:
+        write_atomic(run.config_path, run_to_toml(config))
+        old, new = ({k: pair[i] for k, pair in changed.items()} for i in (0, 1))
+        run.write_journal("changed", before=old, after=new, note="the last bits of the weights may differ")
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain values by dotted key; items of lists by position."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        name = f"{prefix}{key}"
+        result |= flatten(value, name + ".") if isinstance(value, dict | list) else {name: value}
+    return result
+
+
+def config_digest(config: RunConfig) -> str:
+    """SHA-256 of everything in the configuration but the layout of the work."""
+    return hashlib.sha256(run_to_toml(replace(config, parallel=Parallel())).encode()).hexdigest()
+
+
+def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path | None) -> None:
+    """Raise DataError when vocabulary or sources of the shards do not fit, CheckpointError when they are not those
+    that the checkpoint was trained on."""
+    if shards.vocab_size != config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer of {shards.path} must have model.vocab_size = {config.model.vocab_size} entries; it has "
+            f"{shards.vocab_size}. Set model.vocab_size and data.vocab_size to it, or prepare other data"
+        )
+    missing = [name for name in config.data.source_names if name not in shards.sources]
+    if missing:
+        raise DataError(f"{shards.path} must hold the sources of data.sources; it lacks {', '.join(missing)}")
+    trained_on = read_record(checkpoint)["data_fingerprint"] if checkpoint else shards.fingerprint
+    if trained_on != shards.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained on data with fingerprint {trained_on}; {shards.path} now has "
+            f"{shards.fingerprint}. Restore those data, or start another run folder"
+        )
+
+
+def begin_lineage(run: Run, config: RunConfig, shards: ShardSet, context: Context, record: dict[str, Any]) -> None:
+    """Rank 0: cut the metrics to the checkpoint's step and write `started` or `resumed` into the journal.
+
+    `record` is the checkpoint's trainer.json, empty before the first checkpoint.
+    """
+    if not context.is_main:
+        return
+    step = record.get("step", 0)
+    layout = {"world_size": context.world, "threads": context.threads, "device": context.device.type}
+    begun = any(line["event"] == "started" for line in run.journal())
+    repeated = MetricsLog(run.metrics_path).cut_after(step)
+    failpoint("resume.metrics_cut")
+    more: dict[str, Any] = {"step": step, "tokens": config.tokens_at(step), "data_fingerprint": shards.fingerprint}
+    if begun:
+        more["repeated_steps"] = len(repeated)
+        more["repeated_s"] = round(sum(line["step_time_s"] for line in repeated), 3)
+        more["changed"] = {k: [record[k], v] for k, v in layout.items() if record.get(k, v) != v}
+    run.write_journal("resumed" if begun else "started", **more, **layout)
+    failpoint("resume.journal_written" if begun else "open.journal_written")
