@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinylab.config.presets import preset
 from tinylab.config.schema import Data, Model, RunConfig, Schedule, Source, Stage
-from tinylab.data.order import DataOrder, data_hash, format_hash, permute, rank_slice
+from tinylab.data.order import DataOrder, check_ranks, data_hash, format_hash, permute, rank_slice
 from tinylab.errors import ConfigError, DataError
 
 SEQ = 4
@@ -293,11 +293,14 @@ def test_ranks_together_consume_exactly_the_step_and_their_hashes_add_up(world):
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_valid_numbers():
-    samples = DataOrder(toy([stage(12, 12, {})]), {"a": 3, "b": 3}).samples(1)
-    with pytest.raises(
-        ConfigError, match=r"ranks \(5\) must divide the sequences of a step \(12 .*valid: 1, 2, 3, 4, 6"
-    ):
-        rank_slice(samples, 0, 5)
+    config = toy([stage(24, 24, {}, "one"), stage(12, 12, {}, "two")])
+    for world in (1, 2, 3, 4, 6, 12):
+        check_ranks(config, world)
+    message = (
+        r"ranks \(8\) must divide the sequences of a step \(12\) in stage two; nearest .*two.batch_tokens: 32 or 64"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(config, 8)
 
 
 def test_hash_depends_on_every_column_and_not_on_the_order_of_rows():

@@ -17,11 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinylab.config.schema import RunConfig, Stage
 from tinylab.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tinylab.data.shards import ShardSet
 
 _UNIT = 2**40
 """Shares are integers over a denominator up to this, so that share * samples of a batch fits 64 bits."""
@@ -80,6 +84,18 @@ class DataOrder:
             self._starts.append(start)
             self._root.begin_piece(start, shares)
 
+    @classmethod
+    def of(cls, config: RunConfig, shards: ShardSet) -> DataOrder:
+        """The order of a run over prepared data. Raises DataError when vocabulary or sources do not fit."""
+        if shards.vocab_size != config.model.vocab_size:
+            raise DataError(
+                f"{shards.path} must hold ids of the model's vocabulary, {config.model.vocab_size} entries "
+                f"(model.vocab_size); found a tokenizer of {shards.vocab_size}. Set model.vocab_size and "
+                "data.vocab_size to it, or prepare the data with another tokenizer"
+            )
+        seq_len = config.model.seq_len
+        return cls(config, {n: shards.stream("train", n).n_windows(seq_len) for n in config.data.source_names})
+
     def samples(self, step: int) -> Samples:
         """The samples of step `step` (from 1), in order. Raises ConfigError outside the run."""
         stage = self.config.stages[self.config.stage_index(step)]
@@ -114,17 +130,22 @@ class DataOrder:
         return bisect_right(self._starts, n) - 1
 
 
-def rank_slice(samples: Samples, rank: int, world: int) -> Samples:
-    """The contiguous part of a step's samples that rank `rank` of `world` consumes.
+def check_ranks(config: RunConfig, world: int) -> None:
+    """Raise ConfigError unless `world` ranks divide the sequences of a step in every stage."""
+    for stage in config.stages:
+        sequences = stage.batch_tokens // config.model.seq_len
+        if sequences % world:
+            near = {max(sequences // world, 1) * world, (sequences // world + 1) * world}
+            valid = " or ".join(str(s * config.model.seq_len) for s in sorted(near))
+            raise ConfigError(
+                f"the number of ranks ({world}) must divide the sequences of a step ({sequences}) in stage "
+                f"{stage.name}; nearest valid stages.{stage.name}.batch_tokens: {valid}, or use another number of ranks"
+            )
 
-    Raises ConfigError unless `world` divides the number of samples.
-    """
-    if len(samples) % world:
-        valid = [w for w in range(1, len(samples) + 1) if len(samples) % w == 0 and w <= 2 * world]
-        raise ConfigError(
-            f"the number of ranks ({world}) must divide the sequences of a step ({len(samples)} = batch_tokens / "
-            f"seq_len); valid: {', '.join(map(str, valid))} ranks, or change stages.batch_tokens"
-        )
+
+def rank_slice(samples: Samples, rank: int, world: int) -> Samples:
+    """The contiguous part of a step's samples that rank `rank` of `world` consumes (`check_ranks` holds)."""
+    assert len(samples) % world == 0, f"{world} ranks do not divide {len(samples)} samples"
     share = len(samples) // world
     return samples[rank * share : (rank + 1) * share]
 

@@ -109,6 +109,11 @@ class TokenStream:
                 filled += len(part)
         return out
 
+    def locate(self, position: int) -> str:
+        """The file and the token in it at a position of the stream, for messages."""
+        number = int(np.searchsorted(self._token_ends, position, side="right"))
+        return f"{self._shards[number].path}, token {position - self._tokens_before(number)}"
+
     def document_starts(self, start: int, count: int) -> np.ndarray:
         """Positions in [start, start + count), relative to `start`, at which a document begins: int64, ascending."""
         found = [np.empty(0, dtype=np.int64)]
@@ -176,6 +181,7 @@ class _Shard:
 
     def __init__(self, root: Path, record: Mapping[str, Any]) -> None:
         self._root, self._record = root, record
+        self.path = root / record["file"]
 
     @cached_property
     def ids(self) -> np.ndarray:
