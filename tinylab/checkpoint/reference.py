@@ -1,0 +1,199 @@
+"""REF, the one way to name a model: a folder, RUN, RUN@STEP, RUN@1.5B (tokens), a registry name, a Hub id, a file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tinylab.config.io import parse_count
+from tinylab.errors import CheckpointError, NothingFoundError
+from tinylab.runs.folder import Run, step_of
+from tinylab.runs.manifest import verify_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinylab.config.schema import RunConfig
+    from tinylab.data.tokenizer import Tokenizer
+    from tinylab.model.transformer import Llama
+
+FORMS = (
+    "a model folder (config.json and *.safetensors), RUN, RUN@STEP, RUN@1.5B (tokens), a registry name such as "
+    "tinyllama-1.1b@1T, a Hub id with optional @revision, a lit-gpt .pth or a llama2.c .bin"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A model that was found: a Hugging Face folder on this disk (or one foreign file), and what is known about it."""
+
+    kind: Literal["folder", "run", "registry", "hub", "litgpt", "llama2c"]
+    """Which form of REF it was."""
+    path: Path
+    """The folder, or the `.pth` or `.bin` file."""
+    label: str
+    """Short name in tables, e.g. `demo@500`."""
+    step: int | None = None
+    """Optimizer steps before it."""
+    tokens: int | None = None
+    """Tokens before it, over all ranks."""
+    stage: str | None = None
+    """Stage of the run that made it."""
+    run: Path | None = None
+    """Folder of the run that made it."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: a nearest match, a damaged newer checkpoint."""
+
+
+def resolve_reference(ref: str | Path | Reference) -> Reference:
+    """The model that REF names. A run's checkpoint is checked against its manifest first.
+
+    Raises NothingFoundError for what does not exist (naming what does), CheckpointError for a damaged checkpoint.
+    """
+    if isinstance(ref, Reference):
+        return ref
+    text = str(ref)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return _foreign_file(path.absolute())
+    if (path / "config.json").is_file():
+        return _folder(path.absolute())
+    name, at, place = text.rpartition("@")
+    run = Run(name if at else text)
+    if run.exists():
+        return _of_run(run, place) if at else _newest(run)
+    run = Run(text)
+    if run.exists():
+        return _newest(run)
+    if path.exists():
+        raise NothingFoundError(f"{path} must be a model or a run; found no config.json and no config.toml in it")
+    return _elsewhere(text)
+
+
+def run_references(run: Run) -> list[Reference]:
+    """Every complete checkpoint of a run, oldest first, not verified. Raises NothingFoundError when there is none."""
+    config = run.config
+    found = [_checkpoint(run, config, path) for path in run.checkpoints()]
+    if not found:
+        raise NothingFoundError(
+            f"{run.path} must hold a committed checkpoint; found none yet. Train it further: tinylab train {run.name}"
+        )
+    return found
+
+
+def _checkpoint(run: Run, config: RunConfig, path: Path) -> Reference:
+    step = step_of(path.name)
+    assert step is not None, path
+    stage = config.stages[config.stage_index(min(max(step, 1), config.steps))].name
+    return Reference(
+        kind="run",
+        path=path,
+        label=f"{run.name}@{step}",
+        step=step,
+        tokens=config.tokens_at(step),
+        stage=stage,
+        run=run.path,
+    )
+
+
+def _verified(reference: Reference) -> Reference:
+    problems = verify_folder(reference.path)
+    if problems:
+        raise CheckpointError(f"{reference.label} must equal its manifest; found damage: " + "; ".join(problems))
+    return reference
+
+
+def _newest(run: Run) -> Reference:
+    notes: list[str] = []
+    for reference in reversed(run_references(run)):
+        try:
+            return replace(_verified(reference), notes=tuple(notes))
+        except CheckpointError as error:
+            notes.append(str(error))
+    raise CheckpointError(f"{run.path} must hold an undamaged checkpoint; found none: " + "; ".join(notes))
+
+
+def _of_run(run: Run, place: str) -> Reference:
+    """A plain integer is a step and must exist; a count with a suffix is tokens, and the nearest checkpoint serves."""
+    known = run_references(run)
+    wanted = parse_count(place, f"the step or tokens in {run.name}@{place}")
+    if place.strip()[-1:].isdigit():
+        for reference in known:
+            if reference.step == wanted:
+                return _verified(reference)
+        steps = ", ".join(str(r.step) for r in known)
+        raise NothingFoundError(f"{run.name} has no checkpoint at step {wanted}; it has steps {steps}")
+    nearest = min(known, key=lambda r: abs((r.tokens or 0) - wanted))
+    note = f"{run.name}@{place}: the nearest checkpoint is step {nearest.step}, after {nearest.tokens:,} tokens"
+    return _verified(nearest if nearest.tokens == wanted else replace(nearest, notes=(note,)))
+
+
+def _folder(path: Path) -> Reference:
+    """A model folder; one inside a run knows its step."""
+    run = Run(path.parent.parent)
+    if step_of(path.name) is not None and path.parent.name == "checkpoints" and run.exists():
+        return _verified(_checkpoint(run, run.config, path))
+    return Reference(kind="folder", path=path, label=path.name)
+
+
+def _foreign_file(path: Path) -> Reference:
+    kinds: dict[str, Literal["litgpt", "llama2c"]] = {".pth": "litgpt", ".bin": "llama2c"}
+    if path.suffix not in kinds:
+        raise NothingFoundError(f"{path} is no model that tinylab can name; REF is {FORMS}")
+    return Reference(kind=kinds[path.suffix], path=path, label=path.stem)
+
+
+def _elsewhere(text: str) -> Reference:
+    """A registry name or a Hub id; anything else was meant as a local name."""
+    name, _, revision = text.partition("@")
+    looks_local = text.startswith(("/", ".", "~")) or (Path(name).parent.is_dir() and Path(name).parent != Path("."))
+    if looks_local or not _HUB_ID.fullmatch(name):
+        raise NothingFoundError(f"nothing is called {text}; REF is {FORMS}")
+    return Reference(
+        kind="hub", path=download(name, revision or None), label=text, notes=(f"{text} from the Hugging Face Hub",)
+    )
+
+
+def download(repository: str, revision: str | None = None) -> Path:
+    """The local folder of a Hub model: weights, configuration and tokenizer only, from the cache or the network.
+
+    Raises NothingFoundError when it cannot be had, with the Hub's reason.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NothingFoundError(
+            f"{repository} is no folder and no run here, and the Hugging Face Hub does not give it: {reason} "
+            f"Without a network, name a local model; REF is {FORMS}"
+        ) from error
+    return Path(folder)
+
+
+def load_model(
+    ref: str | Path | Reference, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Llama:
+    """The model that REF names, in eval mode: a call on ids (B, T) gives logits (B, T, V). dtype absent: as stored."""
+    from tinylab.checkpoint import huggingface, litgpt, llama2c
+
+    reference = resolve_reference(ref)
+    load = {"litgpt": litgpt.load, "llama2c": llama2c.load}.get(reference.kind, huggingface.load_folder)
+    return load(reference.path, device=device, dtype=dtype)
+
+
+def load_tokenizer(ref: str | Path | Reference) -> Tokenizer:
+    """The tokenizer of the model that REF names. Raises NothingFoundError when none lies beside it."""
+    from tinylab.data.tokenizer import load_tokenizer_file
+
+    reference = resolve_reference(ref)
+    folder = reference.path if reference.path.is_dir() else reference.path.parent
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise NothingFoundError(f"{folder} must hold tokenizer.json or tokenizer.model beside the model; found neither")
+    return load_tokenizer_file(folder)

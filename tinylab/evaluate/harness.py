@@ -1,0 +1,113 @@
+"""Scores of models on tasks: lm-eval builds prompts and metrics, our model answers, every item is kept.
+
+What the store holds already is not computed again, and says so; each finished task is kept before the next begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tinylab.checkpoint.reference import Reference, resolve_reference, run_references
+from tinylab.errors import DataError, EvaluationError
+from tinylab.evaluate.profile import Profile
+from tinylab.evaluate.profile import profile as find_profile
+from tinylab.evaluate.scoring import Scoring, say
+from tinylab.evaluate.store import Record, ResultStore, default_store, open_store
+from tinylab.evaluate.tasks import PROBES, EvaluationTask, benchmark, expand, probe
+from tinylab.runs.folder import Run
+
+Ref = str | Path | Reference
+
+
+def evaluate(
+    ref: Ref | Sequence[Ref],
+    tasks: str | Sequence[str] = ("probes",),
+    store: str | Path | ResultStore | None = None,
+    *,
+    data: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    profile: str | Profile = "tinyllama-2023",
+    limit: int | None = None,
+    device: str = "cpu",
+    all_checkpoints: bool = False,
+    max_tokens: int = 8192,
+    progress: bool = True,
+) -> list[Record]:
+    """The stored records of every model on every task, computed where the store lacks them.
+
+    ref: a REF or several; with `all_checkpoints` each must be a run, and every checkpoint of it is scored.
+    tasks: `probes`, `benchmarks`, or names of their tasks.
+    store: default RUN/evaluations, else TINYLAB_HOME/evaluations.
+    data: prepared data that the probes come from; default: that of the run. data_dir: `<task>.jsonl` files of the
+    benchmarks; absent: the Hub. limit: the first so many items of each task. max_tokens: padded tokens of a batch.
+    Raises EvaluationError, DataError, CheckpointError or NothingFoundError with what is missing.
+    """
+    names, settings = expand(tasks), find_profile(profile)
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"limit must be at least 1 item; found {limit}")
+    records: list[Record] = []
+    known: dict[tuple[str, Path | None], list[EvaluationTask]] = {}
+    for reference in _references(ref, all_checkpoints):
+        for note in reference.notes:
+            say(progress, f"note: {note}")
+        source = _data_of(reference, data) if set(names) & set(PROBES) else None
+        wanted = known.setdefault((",".join(names), source), [])
+        if not wanted:
+            wanted += _tasks(names, source, data_dir, progress)
+        target = open_store(store) if store is not None else ResultStore(default_store(reference.run))
+        scoring = Scoring(
+            reference, target, settings, limit=limit, device=device, max_tokens=max_tokens, progress=progress
+        )
+        records += [scoring.record(task) for task in wanted]
+    return records
+
+
+def _references(ref: Ref | Sequence[Ref], all_checkpoints: bool) -> list[Reference]:
+    refs = [ref] if isinstance(ref, str | Path | Reference) else list(ref)
+    if not all_checkpoints:
+        return [resolve_reference(r) for r in refs]
+    return [resolve_reference(c.path) for r in refs for c in run_references(Run(str(r)))]
+
+
+def _data_of(reference: Reference, data: str | Path | None) -> Path:
+    """Folder of the prepared data that the probes are made from."""
+    if data is not None:
+        return Path(data).expanduser().absolute()
+    if reference.run is None:
+        raise EvaluationError(
+            f"the probes are made from held-out documents; {reference.label} is no checkpoint of a run, so name the "
+            "prepared data: --data DATA (data= in Python)"
+        )
+    from tinylab.data.prepare import data_path
+
+    return data_path(Run(reference.run).config.data)
+
+
+def _tasks(
+    names: Iterable[str], data: Path | None, data_dir: str | Path | None, progress: bool
+) -> list[EvaluationTask]:
+    """The tasks, built. A probe that the data cannot give is left out with a note, unless it is the only task."""
+    built, problems = [], []
+    for name in names:
+        if name not in PROBES:
+            built.append(benchmark(name, data_dir))
+            continue
+        from tinylab.data.shards import open_shards
+        from tinylab.evaluate.probes import N_ITEMS, build_probe
+
+        assert data is not None
+        try:
+            shards = open_shards(data)
+            items = build_probe(shards, name)
+        except DataError as error:
+            problems.append(error)
+            continue
+        if len(items) < N_ITEMS:
+            say(progress, f"note: {name} has {len(items)} items, not {N_ITEMS}: the validation split gives no more")
+        built.append(probe(name, items, f"data:{shards.fingerprint[:12]}"))
+    if not built:
+        raise problems[0]
+    for problem in problems:
+        say(progress, f"note: left out: {problem}")
+    return built

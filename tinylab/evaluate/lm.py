@@ -1,0 +1,190 @@
+"""lm-eval's view of our model: likelihoods of continuations, computed in process with our own weights and tokenizer.
+
+Letters: N requests of a batch, T tokens, C model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from tinylab.data.tokenizer import Tokenizer
+from tinylab.errors import EvaluationError
+from tinylab.model.loss import CHUNK_ELEMENTS
+from tinylab.model.transformer import Llama
+
+Encoded = tuple[tuple[str, str], list[int], list[int]]
+"""(context, continuation) as text, ids of the context, ids of the continuation."""
+
+
+class TinylabLM(TemplateLM):
+    """A Llama and its tokenizer as lm-eval's language model.
+
+    add_bos: whether BOS goes before every prompt, decided here and nowhere else (lm-eval's default changed in 2025).
+    prefix_id: what an empty context becomes; absent: EOS, or BOS where there is no EOS.
+    max_tokens: padded tokens of a batch. Requests of equal length lie together, and equal inputs run once.
+    Left truncation is counted: `truncated` holds the requests that lost tokens of their context.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        *,
+        add_bos: bool = False,
+        prefix_id: int | None = None,
+        max_tokens: int = 8192,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise EvaluationError(
+                f"the tokenizer's {tokenizer.vocab_size} ids must fit the model's {model.config.vocab_size} rows; "
+                "they belong to different models"
+            )
+        if prefix_id is None:
+            prefix_id = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+        if prefix_id is None or (add_bos and tokenizer.bos_id is None):
+            raise EvaluationError(
+                "the tokenizer must have BOS or EOS (an empty context needs one), and BOS where the profile adds it; "
+                f"found BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}"
+            )
+        self.model, self.text = model, tokenizer
+        self.add_bos, self.prefix_id, self.max_tokens, self.progress = add_bos, prefix_id, max_tokens, progress
+        self.max_length = model.config.seq_len
+        self._device = next(model.parameters()).device
+        self.truncated: set[tuple[str, str]] = set()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id between documents."""
+        return self.prefix_id if self.text.eos_id is None else self.text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands for an empty context."""
+        return self.prefix_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; BOS before them if this model adds it and `add_special_tokens` is not False."""
+        ids = self.text.encode(string)
+        if self.add_bos and add_special_tokens is not False and self.text.bos_id is not None:
+            return [self.text.bos_id, *ids]
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[Encoded], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding would say just that) of each continuation."""
+        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for i, (texts, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise EvaluationError(f"a choice must have at least one token; found {texts[1]!r} after {texts[0]!r}")
+            whole = context + continuation
+            if len(continuation) > self.max_length:
+                raise EvaluationError(
+                    f"a choice of {len(continuation)} tokens does not fit the model's {self.max_length}; "
+                    f"leave this task out for so short a context: {texts[1][:60]!r}"
+                )
+            if len(whole) > self.max_length + 1:
+                self.truncated.add(texts)
+                whole = whole[-(self.max_length + 1) :]
+            rows.setdefault((tuple(whole), len(continuation)), []).append(i)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        batches = list(_batches(sorted(rows, key=lambda r: (-len(r[0]), r[0])), self.max_tokens))
+        quiet = disable_tqdm or not self.progress
+        for batch in tqdm(batches, desc="scoring", unit="batch", disable=quiet, file=sys.stderr, leave=False):
+            for row, answer in zip(batch, self._score(batch), strict=True):
+                for i in rows[row]:
+                    answers[i] = answer
+        return answers
+
+    @torch.inference_mode()
+    def _score(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[tuple[float, bool]]:
+        """Answers of rows (ids, tokens of the continuation): the head runs on the continuations only."""
+        width = len(batch[0][0]) - 1
+        ids = torch.zeros((len(batch), width), dtype=torch.int64)
+        where, targets = [], []
+        for i, (whole, count) in enumerate(batch):
+            ids[i, : len(whole) - 1] = torch.tensor(whole[:-1])
+            where += [i * width + t for t in range(len(whole) - 1 - count, len(whole) - 1)]
+            targets += whole[-count:]
+        hidden = self.model.hidden(ids.to(self._device)).flatten(0, 1)
+        hidden = hidden[torch.tensor(where, device=self._device)]  # (N·, C)
+        losses, greedy = self._targets(hidden, torch.tensor(targets, device=self._device))
+        counts = [count for _, count in batch]
+        return [
+            (float(part.sum()), bool(hit.all()))
+            for part, hit in zip(losses.split(counts), greedy.split(counts), strict=True)
+        ]
+
+    def _targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target in nats, fp64 on the CPU, and whether it is the most likely id."""
+        size = max(1, CHUNK_ELEMENTS // self.model.config.vocab_size)
+        logs, hits = [], []
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = self.model.head(h).float()
+            logs.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
+            hits.append(logits.argmax(1) == t)
+        return torch.cat(logs).double().cpu(), torch.cat(hits).cpu()
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of whole texts, each token predicted once with as much context as fits."""
+        results = []
+        for (text,) in (request.args for request in requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            encoded = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            answers = self._loglikelihood_tokens(encoded, disable_tqdm=True)
+            results.append(sum(likelihood for likelihood, _ in answers))
+        return results
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, each cut before the first of its `until` strings."""
+        from tinylab.model.generate import generate_ids
+
+        results = []
+        for context, settings in (request.args for request in requests):
+            until = settings.get("until") or []
+            count = int(settings.get("max_gen_toks", 256))
+            room = self.max_length - count
+            if room < 1:
+                raise EvaluationError(f"max_gen_toks ({count}) must be below the model's {self.max_length} tokens")
+            whole = self.tok_encode(context)
+            if len(whole) > room:
+                self.truncated.add((context, ""))
+            ids = whole[-room:] or [self.prefix_id]
+            output = generate_ids(
+                self.model, torch.tensor([ids], device=self._device), count, temperature=0.0, eos_id=self.text.eos_id
+            )
+            text = self.text.decode(output[0, len(ids) :].tolist())
+            stops = [u for u in ([until] if isinstance(until, str) else until) if u]
+            results.append(text[: min((text.find(u) for u in stops if u in text), default=len(text))])
+        return results
+
+
+def _batches(
+    rows: Sequence[tuple[tuple[int, ...], int]], max_tokens: int
+) -> Iterator[list[tuple[tuple[int, ...], int]]]:
+    """Runs of rows, longest first, whose padded size stays within max_tokens (at least one row each)."""
+    batch: list[tuple[tuple[int, ...], int]] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * (len(batch[0][0]) - 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

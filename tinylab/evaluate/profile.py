@@ -1,0 +1,77 @@
+"""Profiles: the settings under which scores may be compared, and nothing else.
+
+The tokenizer is not part of a profile (TinyLlama and Pythia must compare); batch size, device and limit stand beside
+it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from tinylab.errors import EvaluationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How items are scored. Two results compare only when every field is equal."""
+
+    name: str
+    """Name on the command line; not part of the hash."""
+    add_bos: bool | None = False
+    """Whether BOS goes before every prompt; absent: as the checkpoint's tokenizer does by itself."""
+    dtype: str = "fp32"
+    """Precision of weights and activations."""
+    num_fewshot: int = 0
+    """Solved examples before each prompt."""
+    accuracy: str = "acc_norm per character where the task has it, else acc"
+    """Which metric stands for a benchmark in tables and in the mean."""
+    empty_context: str = "document boundary"
+    """What an empty context becomes (mutual information): EOS where there is one, as lm-eval's hf-causal of 2023."""
+    lm_eval: str = ""
+    """Version of lm-eval that built the prompts."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over every field but the name."""
+        return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
+
+    def fields(self) -> dict[str, object]:
+        """The fields that must be equal for two results to compare."""
+        values = asdict(self)
+        del values["name"]
+        return values
+
+
+def profile(name: str | Profile) -> Profile:
+    """The profile of that name, bound to the installed lm-eval.
+
+    `tinyllama-2023`: zero-shot, no BOS, fp32: how EVAL.md was made (`main.py --model hf-causal` of v0.3.0).
+    `current`: lm-eval's defaults of today, where a Llama tokenizer prepends BOS by itself.
+    Raises EvaluationError for another name, or when lm-eval is not installed.
+    """
+    if isinstance(name, Profile):
+        return name
+    version = lm_eval_version()
+    known = {
+        "tinyllama-2023": Profile(name="tinyllama-2023", lm_eval=version),
+        "current": Profile(name="current", add_bos=None, lm_eval=version),
+    }
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise EvaluationError(f"profile must be one of {', '.join(known)}; found {name!r}{hint}")
+    return known[name]
+
+
+def lm_eval_version() -> str:
+    """Version of the installed lm-eval. Raises EvaluationError with the command that installs it."""
+    try:
+        return metadata.version("lm_eval")
+    except metadata.PackageNotFoundError:
+        raise EvaluationError(
+            "evaluation needs lm-eval; found none installed. Install it: pip install 'tinylab[evaluate]'"
+        ) from None
