@@ -58,4 +58,4 @@ SAMPLE: tuple[str, ...] = (
     "\\begin{equation} \\frac{a}{b} \\end{equation} $x_i^2$",
     "    leading and\n        deeper\n            deepest\n    back",
 )
-"""Indents of 1–20 spaces with words, runs of spaces, tabs, CRLF, digits, scripts, emoji, NUL, marks, bidi, `<s>`, `▁`."""
+"""Indents of 1–20 spaces with words, runs of spaces, tabs, CRLF, digits, scripts, emoji, NUL, bidi, `<s>`, `▁`."""

@@ -1,0 +1,146 @@
+"""The documents of one source on their way to shards: texts in a file, what is known about them in memory.
+
+A corpus is read once; the split, the tokenizer's sample and the order of documents are decided when all are known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tinylab.data.corpora import Document
+from tinylab.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One document: digest of its text, provenance, and where its UTF-8 bytes lie in the spool."""
+
+    digest: bytes
+    origin: str
+    start: int
+    size: int
+
+
+class Spool:
+    """The documents of source `name`, in file `path`, without empty ones and exact duplicates.
+
+    After `fill`: `train` and `validation` hold the entries, in the order in which they are stored; `report` the counts.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self.train: list[Entry] = []
+        self.validation: list[Entry] = []
+        self.report: dict[str, Any] = {}
+        self.n_bytes = 0
+
+    def fill(
+        self, documents: Iterable[Document], seen: set[bytes], skipped: Counter[str], limit_bytes: float | None
+    ) -> None:
+        """Take documents until they end or hold `limit_bytes` of text.
+
+        `seen` holds the digests of all texts taken so far, of any source: a text is kept once. A document that
+        would pass the limit is cut short only if it is the first; else the source ends before it.
+        """
+        counts: Counter[str] = Counter()
+        entries: list[Entry] = []
+        with open(self.path, "wb") as file:
+            for document in documents:
+                counts["read"] += 1
+                data = _encode(document, counts)
+                if limit_bytes is not None and self.n_bytes + len(data) > limit_bytes:
+                    if entries:
+                        break
+                    data = data[: int(limit_bytes)].decode("utf-8", "ignore").encode()
+                digest = hashlib.sha256(data).digest()
+                if not data.strip():
+                    counts["empty"] += 1
+                elif digest in seen:
+                    counts["duplicates"] += 1
+                else:
+                    seen.add(digest)
+                    entries.append(Entry(digest, document.origin, self.n_bytes, len(data)))
+                    file.write(data)
+                    self.n_bytes += len(data)
+        self._entries = entries
+        self.report = {key: counts[key] for key in ("read", "empty", "duplicates", "repaired")}
+        self.report |= {"kept": len(entries), "skipped": dict(sorted(skipped.items()))}
+
+    def counts(self) -> str:
+        """What was kept and left out, in words."""
+        numbers = {k: v for k, v in self.report.items() if isinstance(v, int)} | self.report["skipped"]
+        return ", ".join(f"{n:,} {reason}" for reason, n in numbers.items() if n)
+
+    def split(self, fraction: float, seed: int) -> None:
+        """Hold out the documents whose keyed hash lies below `fraction`; at least one of two, never the only one.
+
+        The hash is of the text, so a document is held out or not whatever else the corpus holds, but for that rule.
+        Documents are stored in the order of the hash, which is no order of theirs.
+        """
+        key = seed.to_bytes(8, "little", signed=True)
+        rank = {e.digest: hashlib.blake2b(e.digest, key=key, digest_size=8).digest() for e in self._entries}
+        entries = sorted(self._entries, key=lambda e: (rank[e.digest], e.digest))
+        below = sum(int.from_bytes(r, "big") < fraction * 2**64 for r in rank.values())
+        held = min(max(below, 1), len(entries) - 1) if entries else 0
+        self.validation, self.train, self._entries = entries[:held], entries[held:], []
+
+    def texts(self, entries: Iterable[Entry]) -> Iterator[str]:
+        """The texts of entries."""
+        with open(self.path, "rb") as file:
+            for entry in entries:
+                yield _read(file, entry)
+
+    def batches(self, entries: Iterable[Entry], batch_bytes: int) -> Iterator[tuple[list[Entry], list[str]]]:
+        """Entries with their texts, some `batch_bytes` at a time."""
+        batch: list[Entry] = []
+        texts: list[str] = []
+        size = 0
+        with open(self.path, "rb") as file:
+            for entry in entries:
+                batch.append(entry)
+                texts.append(_read(file, entry))
+                size += entry.size
+                if size >= batch_bytes:
+                    yield batch, texts
+                    batch, texts, size = [], [], 0
+        if batch:
+            yield batch, texts
+
+
+def sample(spools: list[Spool], n_bytes: int) -> list[tuple[Spool, list[Entry]]]:
+    """Training documents of at most about `n_bytes`, in equal parts of each source as far as it has them."""
+    chosen: dict[str, list[Entry]] = {}
+    left = n_bytes
+    by_size = sorted(spools, key=lambda s: sum(e.size for e in s.train))
+    for i, spool in enumerate(by_size):
+        share, taken, entries = left // (len(by_size) - i), 0, []
+        for entry in spool.train:
+            if taken >= share:
+                break
+            entries.append(entry)
+            taken += entry.size
+        chosen[spool.name] = entries
+        left -= taken
+    return [(spool, chosen[spool.name]) for spool in spools]
+
+
+def _read(file: BinaryIO, entry: Entry) -> str:
+    file.seek(entry.start)
+    data = file.read(entry.size)
+    if len(data) != entry.size:
+        raise DataError(f"the text of {entry.origin} must be where it was put; the temporary file was cut short")
+    return data.decode()
+
+
+def _encode(document: Document, counts: Counter[str]) -> bytes:
+    """UTF-8 of a text; a lone surrogate (half a character, possible in JSON) becomes a question mark, counted."""
+    try:
+        return document.text.encode()
+    except UnicodeEncodeError:
+        counts["repaired"] += 1
+        return document.text.encode("utf-8", "replace")
