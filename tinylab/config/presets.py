@@ -78,9 +78,15 @@ def tinyllama_120m() -> RunConfig:
 
 
 def tiny() -> RunConfig:
-    """A few million parameters on this Python environment's own text: minutes on two CPU cores."""
+    """A few million parameters on 20 MB of this Python environment's own text: minutes on two CPU cores."""
     return RunConfig(
         preset="tiny",
+        data=Data(
+            sources=(
+                Source(name="prose", corpus="local:prose", limit_mb=12.0),
+                Source(name="code", corpus="local:code", limit_mb=8.0),
+            )
+        ),
         model=Model(vocab_size=4096, n_layer=4, d_model=192, n_head=6, n_kv_head=2, d_ff=512, seq_len=256),
         stages=(Stage(tokens=2_097_152, batch_tokens=4096, mixture={"prose": 0.7, "code": 0.3}),),
         schedule=Schedule(warmup_tokens=80_000),
@@ -94,14 +100,9 @@ def tiny() -> RunConfig:
 def demo() -> RunConfig:
     """`tinylab demo`: two stages, prose then a cooldown with a ramp towards code, like TinyLlama v1.1's last ones."""
     base = tiny()
-    sources = (
-        Source(name="prose", corpus="local:prose", limit_mb=12.0),
-        Source(name="code", corpus="local:code", limit_mb=8.0),
-    )
     return replace(
         base,
         preset="demo",
-        data=replace(base.data, sources=sources),
         stages=(
             Stage(name="basic", tokens=1_605_632, batch_tokens=4096, mixture={"prose": 0.7, "code": 0.3}),
             Stage(
