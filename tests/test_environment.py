@@ -75,7 +75,10 @@ def test_both_constraint_files_hold_the_same_pins_but_for_the_build_of_torch_and
     gpu, cpu = constraints("constraints.txt"), constraints("constraints-cpu.txt")
     assert set(gpu) - set(cpu) == {"flash-attn", "xformers"}
     assert [n for n in cpu if pinned_version(gpu[n]) != pinned_version(cpu[n])] == []
-    accepted = {build: all(r.specifier.contains(build) for r in gpu["torch"]) for build in ("2.13.0+cpu", "2.13.0+cu130", "2.13.0")}
+    accepted = {
+        build: all(r.specifier.contains(build) for r in gpu["torch"])
+        for build in ("2.13.0+cpu", "2.13.0+cu130", "2.13.0")
+    }
     assert accepted == {"2.13.0+cpu": False, "2.13.0+cu130": True, "2.13.0": True}
     assert all(r.specifier.contains("2.13.0+cpu") for r in cpu["torch"])
 
@@ -132,7 +135,18 @@ def tracked_files() -> list[Path]:
 
 def test_no_tracked_file_names_a_private_path():
     # Written in pieces, so that this file does not find itself. Container files own their /work.
-    private = re.compile("|".join(["/ho" + "me/[a-z]", "/Us" + "ers/[A-Za-z]", "/ro" + "ot/", "/wo" + r"rk/(main|shared)", "/op" + "t/(pypi|wheels)", "/mnt/" + "[a-z]"]))
+    private = re.compile(
+        "|".join(
+            [
+                "/ho" + "me/[a-z]",
+                "/Us" + "ers/[A-Za-z]",
+                "/ro" + "ot/",
+                "/wo" + r"rk/(main|shared)",
+                "/op" + "t/(pypi|wheels)",
+                "/mnt/" + "[a-z]",
+            ]
+        )
+    )
     found = []
     for path in tracked_files():
         try:
@@ -144,7 +158,9 @@ def test_no_tracked_file_names_a_private_path():
 
 
 def test_nothing_produced_is_tracked():
-    produced = re.compile(r"(^|/)(runs|data|cache|\.venv|__pycache__|\.ipynb_checkpoints)/|\.(pt|pth|safetensors|bin|log)$")
+    produced = re.compile(
+        r"(^|/)(runs|data|cache|\.venv|__pycache__|\.ipynb_checkpoints)/|\.(pt|pth|safetensors|bin|log)$"
+    )
     names = [p.relative_to(ROOT).as_posix() for p in tracked_files()]
     allowed = ("tinylab/data/", "tinylab/runs/", "tests/")
     assert [n for n in names if produced.search(n) and not n.startswith(allowed)] == []

@@ -11,9 +11,21 @@ import pytest
 
 import tinylab
 
-HEAVY = (
-    "torch numpy pandas matplotlib transformers datasets lm_eval papermill ipywidgets nbconvert pyarrow tyro scipy"
-).split()
+HEAVY = [
+    "torch",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "transformers",
+    "datasets",
+    "lm_eval",
+    "papermill",
+    "ipywidgets",
+    "nbconvert",
+    "pyarrow",
+    "tyro",
+    "scipy",
+]
 
 
 def fresh(code: str) -> str:
@@ -27,7 +39,9 @@ def test_import_loads_nothing_heavy():
 
 
 def test_command_line_module_and_its_help_load_nothing_heavy():
-    code = f"import sys; from tinylab.cli import main; main(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+    code = (
+        f"import sys; from tinylab.cli import main; main(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+    )
     assert fresh(code).splitlines()[-1] == "[]"
 
 

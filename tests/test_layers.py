@@ -74,7 +74,12 @@ def test_imports_go_one_way():
 
 @pytest.mark.parametrize(
     "text",
-    ["from tinylab.cli import main", "def f():\n    import tinylab.train.loop", "from tinylab import widgets", "from .. import x"],
+    [
+        "from tinylab.cli import main",
+        "def f():\n    import tinylab.train.loop",
+        "from tinylab import widgets",
+        "from .. import x",
+    ],
 )
 def test_an_import_to_the_right_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str):
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
@@ -112,7 +117,9 @@ def test_nobody_changes_the_search_path():
 def code_lines(path: Path) -> int:
     """Lines that are neither empty nor part of a docstring (a field's documentation is not length)."""
     text = path.read_text(encoding="utf-8")
-    strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    strings = [
+        n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+    ]
     documented = sum((s.end_lineno or s.lineno) - s.lineno + 1 for s in strings)
     return sum(1 for line in text.splitlines() if line.strip()) - documented
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_every_verb_and_option_exists(capsys: pytest.CaptureFixture[str]):
 
 def test_presets_exist():
     for words in typed("tinylab"):
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in pairwise(words):
             if option == "--preset":
                 preset(value)
 

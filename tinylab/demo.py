@@ -1,6 +1,6 @@
 """`tinylab demo`: the whole path on one machine, offline. Each part looks first at what is there already.
 
-    corpus of this Python → tokenizer, shards → two-stage run → scores of every checkpoint → executed notebooks → report.html
+corpus of this Python → tokenizer, shards → two-stage run → scores → executed notebooks → report.html
 """
 
 from __future__ import annotations

@@ -190,7 +190,9 @@ def _attention(device: str) -> Iterator[Finding]:
     found = backends(device, dtype)
     live = [name for name, reason in found.items() if reason is None]
     state = "ok" if live else "problem"
-    yield Finding("attention", state, f"live on {device}: {', '.join(live) or 'none'}", "" if live else "make clean setup")
+    yield Finding(
+        "attention", state, f"live on {device}: {', '.join(live) or 'none'}", "" if live else "make clean setup"
+    )
     for name, reason in found.items():
         if reason is not None:
             remedy = "bash env/install-gpu-extras.sh" if device == "cuda" and name in ("flash-attn", "xformers") else ""
@@ -202,7 +204,6 @@ def _forward_backward(device: str) -> Iterator[Finding]:
     import torch
 
     from tinylab.config.presets import tiny
-    from tinylab.model.loss import token_losses
     from tinylab.model.transformer import Llama
 
     config = tiny().model
@@ -211,7 +212,7 @@ def _forward_backward(device: str) -> Iterator[Finding]:
     model.to(device)
     ids = torch.randint(config.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0)).to(device)
     start = time.perf_counter()
-    loss = token_losses(model, ids[:, :-1], ids[:, 1:]).mean()
+    loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
     loss.backward()
     value, seconds = loss.item(), time.perf_counter() - start
     finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)

@@ -56,7 +56,11 @@ BAD_INPUT = [
     (["train", "r", "--set", "optimizer.lrr=1"], 2, "did you mean optimizer.lr?"),
     (["train", "r", "--set", "optimizer.lr=1", "--set", "optimizer.lr=2"], 2, "optimizer.lr is set twice"),
     (["train", "r", "--set", "optimizer.lr=fast"], 2, "optimizer.lr must be a finite number; found 'fast'"),
-    (["train", "r", "--set", "stages.0.batch_tokens=1000"], 2, "must be a multiple of model.seq_len (256); nearest valid: 768 or 1024"),
+    (
+        ["train", "r", "--set", "stages.0.batch_tokens=1000"],
+        2,
+        "must be a multiple of model.seq_len (256); nearest valid: 768 or 1024",
+    ),
     (["train", "r", "--set", "model.vocab_size=5000"], 2, "model.vocab_size (5000) must equal data.vocab_size (4096)"),
     (["train", "r", "--set", "model.n_head=7"], 2, "nearest valid: 8"),
     (["batch", "r", "--step", "1"], 3, "must hold a run (config.toml); found none"),
@@ -73,7 +77,9 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), BAD_INPUT, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), BAD_INPUT, ids=lambda v: " ".join(v) if isinstance(v, list) else None
+)
 def test_bad_input_gives_its_exit_code_and_one_message(
     arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -123,9 +129,14 @@ def test_a_new_run_is_the_preset_tiny_with_the_options_put_in(trained: list[tupl
     import tinylab.train.loop
 
     tinylab.train.loop.train = create  # type: ignore[assignment]  # restored by `trained`
-    assert main("train mine --tokens 400K --save-every 40K --seed 5 --set optimizer.lr=1e-3".split()) == 0
+    assert (
+        main(["train", "mine", "--tokens", "400K", "--save-every", "40K", "--seed", "5", "--set", "optimizer.lr=1e-3"])
+        == 0
+    )
     wanted = preset("tiny", 400_000)
-    wanted = replace(wanted, seed=5, saving=replace(wanted.saving, every_tokens=40_000), optimizer=replace(wanted.optimizer, lr=1e-3))
+    wanted = replace(
+        wanted, seed=5, saving=replace(wanted.saving, every_tokens=40_000), optimizer=replace(wanted.optimizer, lr=1e-3)
+    )
     assert folder.config == wanted
 
 
@@ -138,7 +149,11 @@ def test_a_new_run_is_the_preset_tiny_with_the_options_put_in(trained: list[tupl
         (KeyboardInterrupt(), 130, "stopped by interrupt"),
         (PermissionError(13, "Permission denied", "/some/file"), 1, "/some/file: Permission denied"),
         (OSError(28, "No space left on device", "/some/file"), 1, "/some/file: No space left on device"),
-        (ModuleNotFoundError("No module named 'papermill'", name="papermill"), 1, "pip install -e '.[notebook,evaluate]'"),
+        (
+            ModuleNotFoundError("No module named 'papermill'", name="papermill"),
+            1,
+            "pip install -e '.[notebook,evaluate]'",
+        ),
         (TypeError("broken"), 1, "This is a defect of tinylab"),
     ],
 )
@@ -234,7 +249,9 @@ def test_a_full_disk_under_standard_output_is_no_traceback(capsys: pytest.Captur
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "tinylab", "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "tinylab", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
@@ -257,10 +274,15 @@ def test_counts_are_powers_of_a_thousand():
 
 def test_json_of_a_data_frame_is_a_list_of_rows():
     pandas = pytest.importorskip("pandas")
-    assert json.loads(to_json(pandas.DataFrame({"a": [1, 2], "b": [0.5, None]}))) == [{"a": 1, "b": 0.5}, {"a": 2, "b": None}]
+    assert json.loads(to_json(pandas.DataFrame({"a": [1, 2], "b": [0.5, None]}))) == [
+        {"a": 1, "b": 0.5},
+        {"a": 2, "b": None},
+    ]
 
 
-def test_standard_output_is_restored_after_json(verb: Callable[[Callable[[], Answer]], None], monkeypatch: pytest.MonkeyPatch):
+def test_standard_output_is_restored_after_json(
+    verb: Callable[[Callable[[], Answer]], None], monkeypatch: pytest.MonkeyPatch
+):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
     verb(lambda: Answer([1], "one"))

@@ -31,7 +31,7 @@ def checkpoints_verb(runs: Annotated[tuple[str, ...], arg(metavar="RUN")] = (), 
 
 
 def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
-    """What a checkpoint's own files say: run, step, tokens, stage, bytes of the whole folder, optimizer state or not."""
+    """What a checkpoint's own files say: run, step, tokens, stage, bytes of the folder, optimizer state or not."""
     trainer = path / "trainer"
     try:
         record = json.loads((trainer / "trainer.json").read_text(encoding="utf-8"))

@@ -46,7 +46,7 @@ COMMON = """options of every verb:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: that of this process) and return its exit code; never raises for a user's error."""
+    """Run one command line (default: that of this process); its exit code. Errors become one message, never raise."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = _take(arguments, "--debug"), _take(arguments, "--json")
     try:

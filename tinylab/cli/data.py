@@ -33,7 +33,8 @@ def prepare_verb(
         path: folder of the shards; default: one below data/ in TINYLAB_HOME, named by what is in it.
         preset: configuration whose data section is taken.
         config: TOML file to take it from, instead of a preset.
-        source: NAME=CORPUS instead of the preset's sources; CORPUS is local:prose, local:code, files:GLOB or hf:NAME (once per source).
+        source: NAME=CORPUS instead of the preset's sources (once per source); CORPUS is local:prose, local:code,
+            files:GLOB or hf:NAME.
         limit_mb: at most this many megabytes of text from each source.
         tokenizer: train, or a folder or file that holds a tokenizer.
         vocab_size: entries of the tokenizer.
@@ -47,7 +48,12 @@ def prepare_verb(
 
     shards = prepare(data, path=Path(path).expanduser().absolute() if path else None)
     rows = [
-        {"split": split, "source": name, **{k: v[k] for k in ("tokens", "documents", "bytes")}, "shards": len(v["shards"])}
+        {
+            "split": split,
+            "source": name,
+            **{k: v[k] for k in ("tokens", "documents", "bytes")},
+            "shards": len(v["shards"]),
+        }
         for split, sources in shards.manifest["splits"].items()
         for name, v in sources.items()
     ]
@@ -59,7 +65,8 @@ def prepare_verb(
         "report": shards.manifest.get("report", {}),
     }
     train = [r for r in rows if r["split"] == "train"]
-    summary = f"{token_count(sum(r['tokens'] for r in train))} training tokens from {byte_count(sum(r['bytes'] for r in train))}"
+    tokens, size = sum(r["tokens"] for r in train), sum(r["bytes"] for r in train)
+    summary = f"{token_count(tokens)} training tokens from {byte_count(size)} of text"
     return Answer(document, f"{shards.path}: {summary}\nfingerprint {shards.fingerprint}\n\n{table(rows)}")
 
 
@@ -69,9 +76,13 @@ def _with_options(
     """The data section with the options that were given put in."""
     if source:
         pairs = [s.partition("=") for s in source]
-        wrong = [text for text, (name, equals, corpus) in zip(source, pairs, strict=True) if not (name and equals and corpus)]
+        wrong = [
+            text for text, (name, equals, corpus) in zip(source, pairs, strict=True) if not (name and equals and corpus)
+        ]
         if wrong:
-            raise ConfigError(f"--source must look like NAME=CORPUS, e.g. books=files:books/*.txt; found {', '.join(wrong)}")
+            raise ConfigError(
+                f"--source must look like NAME=CORPUS, e.g. books=files:books/*.txt; found {', '.join(wrong)}"
+            )
         data = replace(data, sources=tuple(Source(name=name, corpus=corpus) for name, _, corpus in pairs))
     if limit_mb is not None:
         data = replace(data, sources=tuple(replace(s, limit_mb=limit_mb) for s in data.sources))
@@ -80,8 +91,10 @@ def _with_options(
     return data if vocab_size is None else replace(data, vocab_size=vocab_size)
 
 
-def batch_verb(run: Annotated[str, arg(metavar="RUN")], /, step: int, text: bool = False, limit: int | None = None) -> Answer:
-    """The samples of a step: addresses and the documents they come from. The same answer before, during and after the run.
+def batch_verb(
+    run: Annotated[str, arg(metavar="RUN")], /, step: int, text: bool = False, limit: int | None = None
+) -> Answer:
+    """The samples of a step and the documents they come from: the same before, during and after the run.
 
     Args:
         run: run folder, or a name below runs/.
@@ -98,7 +111,7 @@ def batch_verb(run: Annotated[str, arg(metavar="RUN")], /, step: int, text: bool
 
     samples = trace_batch(config, prepare(config.data), step, text=text)[:limit]
     document = {"run": str(Run(run).path), "step": step, "stage": stage.name, "samples": samples}
-    lines = [f"step {step}, stage {stage.name}: {stage.batch_tokens // config.model.seq_len} samples of {config.model.seq_len} tokens"]
+    lines = [f"step {step}, stage {stage.name}: {len(samples)} samples of {config.model.seq_len} tokens"]
     for sample in samples:
         lines.append(_sample_line(sample))
         lines += [f"    {d['origin']}" for d in sample["documents"]]
@@ -107,4 +120,5 @@ def batch_verb(run: Annotated[str, arg(metavar="RUN")], /, step: int, text: bool
 
 
 def _sample_line(sample: dict[str, Any]) -> str:
-    return f"sample {sample['n']}: {sample['source']}, epoch {sample['epoch']}, window {sample['window']}, {len(sample['documents'])} documents"
+    place = f"{sample['source']}, epoch {sample['epoch']}, window {sample['window']}"
+    return f"sample {sample['n']}: {place}, {len(sample['documents'])} documents"

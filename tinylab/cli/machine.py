@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import arg
 
 from tinylab.cli.output import Answer, table
 from tinylab.config.io import parse_count
 from tinylab.errors import EXIT_FAILED
 
 
-def demo_verb(run: str = "demo", tokens: str | None = None, again: Literal["nothing", "notebooks"] = "nothing") -> Answer:
+def demo_verb(
+    run: str = "demo", tokens: str | None = None, again: Literal["nothing", "notebooks"] = "nothing"
+) -> Answer:
     """The whole path on this machine, offline: corpus, tokenizer, shards, a two-stage run, scores, notebooks, report.
 
     What is done already is not done again; after an interrupt the same command goes on.
