@@ -109,9 +109,10 @@ def batch_verb(
     from tinylab.data.prepare import prepare
     from tinylab.data.trace import trace_batch
 
-    samples = trace_batch(config, prepare(config.data), step, text=text)[:limit]
+    samples = trace_batch(config, prepare(config.data), step, text=text)
+    count, samples = len(samples), samples[:limit]
     document = {"run": str(Run(run).path), "step": step, "stage": stage.name, "samples": samples}
-    lines = [f"step {step}, stage {stage.name}: {len(samples)} samples of {config.model.seq_len} tokens"]
+    lines = [f"step {step}, stage {stage.name}: {count} samples of {config.model.seq_len} tokens"]
     for sample in samples:
         lines.append(_sample_line(sample))
         lines += [f"    {d['origin']}" for d in sample["documents"]]

@@ -126,7 +126,7 @@ def runs_verb(root: Annotated[str | None, arg(metavar="FOLDER")] = None, /) -> A
 
 
 def run_summary(run: Run) -> dict[str, Any]:
-    """Where a run stands, from its folder: step, tokens, last losses (nats per token), checkpoints, heartbeat's age in s."""
+    """Where a run stands: step, tokens, last losses (nats per token), checkpoints, age of the heartbeat in s."""
     config, status, records = run.config, run.status(), run.metric_records()
     last = records[-1] if records else {}
     measured = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
