@@ -22,14 +22,14 @@ TIMEOUT_S = 600.0
 class Context:
     """One process of a training job. A single process has world 1 and needs no process group."""
 
+    device: torch.device
+    """Where this process computes."""
     rank: int = 0
     """Number of this process, from 0; rank 0 writes the run folder."""
     world: int = 1
     """Number of processes."""
     local_world: int = 1
     """Number of processes on this machine."""
-    device: torch.device = torch.device("cpu")
-    """Where this process computes."""
     threads: int = 1
     """CPU threads of this process."""
 

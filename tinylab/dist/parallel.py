@@ -1,10 +1,10 @@
 """Parallelism and compilation, applied to a model from outside: the model itself knows nothing of them.
 
-| strategy | weights and moments | gradients | saved as |
-|---|---|---|---|
-| none (one process) | whole | whole | they are |
-| `ddp` | a copy on every rank | averaged in buckets while the backward pass runs | rank 0's copy |
-| `fsdp` | each rank holds a slice of every matrix (FSDP2, one group per block) | averaged and scattered | gathered, one tensor at a time |
+| strategy | weights and moments            | gradients                         | saved                        |
+|----------|--------------------------------|-----------------------------------|------------------------------|
+| `none`   | whole, in one process          | whole                             | as they are                  |
+| `ddp`    | a copy on every rank           | averaged during the backward pass | rank 0's copy                |
+| `fsdp`   | a slice of each matrix (FSDP2) | averaged and scattered            | gathered, tensor by tensor   |
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.
 
 
 class Hook:
-    """Called by rank 0, in the order: start, (step, checkpoint)*, end. Override what is needed; results change nothing."""
+    """Called by rank 0: start, then step and checkpoint, then end. Override what is needed; the run does not change."""
 
     def start(self, config: RunConfig, step: int) -> None:
         """Before the first step of this process; `step` steps were done before."""

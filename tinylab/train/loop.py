@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from tinylab.checkpoint.store import prune, save_checkpoint, saves_at
@@ -43,7 +43,7 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
         checkpoint = open_run(config, run, context)
         if context.is_main:
             stop.forget_file()
-        heartbeat = Heartbeat(run, config, step_of(checkpoint.name) if checkpoint else 0)
+        heartbeat = Heartbeat(run, config, (checkpoint and step_of(checkpoint.name)) or 0)
         with _reported(run, context, heartbeat):
             if heartbeat.at == config.steps:
                 print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)
@@ -53,7 +53,8 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
             state, record = build_state(config, context, checkpoint)
             begin_lineage(run, config, shards, context, record)
             called = [heartbeat, *progress_hooks(progress), *hooks] if context.is_main else []
-            with _loader(config, shards, context, state.step) as loader, _following(called, config, state.step):
+            loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
+            with loader, _following(called, config, state.step):
                 stop.defer()
                 _steps(config, run, context, shards, state, loader, stop, called)
     return run
@@ -145,17 +146,6 @@ def _announce_stage(config: RunConfig, run: Run, context: Context, step: int) ->
 
 
 @contextmanager
-def _loader(config: RunConfig, shards: ShardSet, context: Context, step: int) -> Iterator[Loader]:
-    """This rank's batches of the steps after `step`."""
-    micro_batch = config.parallel.micro_batch
-    loader = Loader(
-        config, shards, rank=context.rank, world=context.world, start_step=step + 1, micro_batch=micro_batch
-    )
-    with closing(loader):
-        yield loader
-
-
-@contextmanager
 def _following(hooks: Sequence[Hook], config: RunConfig, step: int) -> Iterator[None]:
     """Tell the hooks where this process starts, and that it ends."""
     for hook in hooks:
@@ -186,6 +176,7 @@ def _reported(run: Run, context: Context, heartbeat: Heartbeat) -> Iterator[None
     # What ended the run is the news: a disk too full to write it down must not hide it.
     with suppress(TinylabError) if error else nullcontext():
         heartbeat.write(event, **more)
+        failpoint("end.status_written")
         if not journaled:
             run.write_journal(event, step=heartbeat.at, tokens=heartbeat.tokens, **more)
     if error:

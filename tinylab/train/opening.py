@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinylab.checkpoint.store import latest_good, read_record
+from tinylab.checkpoint.store import latest_good, prune, read_record
 from tinylab.config.io import run_to_dict, run_to_toml
 from tinylab.config.schema import Parallel, RunConfig
+from tinylab.data.loader import validation_windows
+from tinylab.data.order import check_ranks
 from tinylab.data.shards import ShardSet
 from tinylab.dist.context import Context
 from tinylab.errors import CheckpointError, ConfigError, DataError
@@ -46,9 +48,9 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
     Rank 0 makes a new folder, or refuses one of another configuration (ConfigError naming the keys), repairs what a
     kill left torn, and takes the newest checkpoint that holds.
     """
+    check_ranks(config, context.world)
     step = 0
     if context.is_main:
-        _require_divisible(config, context.world)
         for torn in run.path.glob(".*.tmp"):
             torn.unlink()
         if run.exists():
@@ -62,21 +64,11 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
         checkpoint, notes = latest_good(run)
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
+        if checkpoint:
+            prune(run, config)
         step = read_record(checkpoint)["step"] if checkpoint else 0
     step = context.sum_integers([step])[0]
     return run.checkpoints_path / step_name(step) if step else None
-
-
-def _require_divisible(config: RunConfig, world: int) -> None:
-    """Raise ConfigError unless every stage's batch gives each rank the same number of sequences."""
-    for stage in config.stages:
-        sequences = stage.batch_tokens // config.model.seq_len
-        if sequences % world:
-            low = max(sequences // world, 1) * world * config.model.seq_len
-            raise ConfigError(
-                f"stages.{stage.name}.batch_tokens ({stage.batch_tokens}, {sequences} sequences) must give each of "
-                f"{world} ranks the same number of sequences; nearest valid: {low}, or other ranks"
-            )
 
 
 def _require_same(config: RunConfig, run: Run) -> None:
@@ -119,8 +111,8 @@ def config_digest(config: RunConfig) -> str:
 
 
 def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path | None) -> None:
-    """Raise DataError when vocabulary or sources of the shards do not fit, CheckpointError when they are not those
-    that the checkpoint was trained on."""
+    """Refuse data before the first step: DataError when vocabulary, sources or validation split do not fit,
+    CheckpointError when they are not the data that the checkpoint was trained on."""
     if shards.vocab_size != config.model.vocab_size:
         raise DataError(
             f"the tokenizer of {shards.path} must have model.vocab_size = {config.model.vocab_size} entries; it has "
@@ -129,6 +121,7 @@ def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path |
     missing = [name for name in config.data.source_names if name not in shards.sources]
     if missing:
         raise DataError(f"{shards.path} must hold the sources of data.sources; it lacks {', '.join(missing)}")
+    validation_windows(config, shards)
     trained_on = read_record(checkpoint)["data_fingerprint"] if checkpoint else shards.fingerprint
     if trained_on != shards.fingerprint:
         raise CheckpointError(
@@ -148,11 +141,11 @@ def begin_lineage(run: Run, config: RunConfig, shards: ShardSet, context: Contex
     layout = {"world_size": context.world, "threads": context.threads, "device": context.device.type}
     begun = any(line["event"] == "started" for line in run.journal())
     repeated = MetricsLog(run.metrics_path).cut_after(step)
-    failpoint("resume.metrics_cut")
+    failpoint("begin.metrics_cut")
     more: dict[str, Any] = {"step": step, "tokens": config.tokens_at(step), "data_fingerprint": shards.fingerprint}
     if begun:
         more["repeated_steps"] = len(repeated)
         more["repeated_s"] = round(sum(line["step_time_s"] for line in repeated), 3)
         more["changed"] = {k: [record[k], v] for k, v in layout.items() if record.get(k, v) != v}
     run.write_journal("resumed" if begun else "started", **more, **layout)
-    failpoint("resume.journal_written" if begun else "open.journal_written")
+    failpoint("begin.journaled")

@@ -104,12 +104,7 @@ def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], checkpoint
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
-        # A step count is a scalar that stays where the optimizer keeps it: on the CPU unless it is fused on a GPU.
-        fused = any(group.get("fused") for group in state.optimizer.param_groups)
-        if tensor.ndim == 0:
-            value = tensor.to(parameter.device) if fused else tensor
-        else:
-            value = like(tensor, parameter)
+        value = tensor.to(parameter.device) if tensor.ndim == 0 else like(tensor, parameter)
         state.optimizer.state[parameter][key] = value
 
 

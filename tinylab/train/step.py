@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of the mean loss over the whole global batch, clipped, applied at the scheduled rate."""
+"""One optimizer step: gradients of the mean loss over the global batch, clipped, applied at the scheduled rate."""
 
 from __future__ import annotations
 

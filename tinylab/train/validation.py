@@ -30,7 +30,8 @@ class Validator:
     """Measures the same validation samples again and again: the first `validation.sequences` of the split."""
 
     def __init__(self, config: RunConfig, shards: ShardSet, context: Context, precision: Precision) -> None:
-        self._config, self._shards, self._context, self._precision = config, shards, context, precision
+        self._config, self._shards, self._context = config, shards, context
+        self._precision: Precision = precision
 
     def after(self, model: Llama, step: int) -> dict[str, float]:
         """`validation_loss` and `bits_per_byte` if the run measures after `step`, else nothing.

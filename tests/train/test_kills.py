@@ -1,0 +1,125 @@
+"""Nothing is lost: a run killed anywhere and started again with the same configuration ends bit-equal."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylab.config.io import run_to_toml
+from tinylab.config.schema import RunConfig
+from tinylab.runs.folder import Run
+
+PACKAGE = Path(__file__).resolve().parents[2] / "tinylab"
+LABELS = sorted(
+    {
+        label
+        for file in PACKAGE.rglob("*.py")
+        for label in re.findall(r"""failpoint\(\s*["']([^"']+)["']""", file.read_text(encoding="utf-8"))
+    }
+)
+"""Every labelled point of the source."""
+
+
+def test_every_point_of_the_protocol_is_labelled():
+    """The labels above are found in the source, so a new one is tested from its first day."""
+    kinds = {label.partition(".")[0] for label in LABELS}
+    assert {"open", "save", "commit", "prune", "begin", "resume", "step", "end"} <= kinds
+
+
+@pytest.mark.parametrize("label", [x for x in LABELS if not x.startswith(("resume.", "prepare."))])
+def test_kill_at_every_labelled_point_loses_nothing(
+    label: str, trainer: Any, pruned_config: RunConfig, pruned_reference: Run, assert_nothing_lost: Any, tmp_path: Path
+):
+    run = Run(tmp_path / "run")
+    hits = [1] if label.startswith(("open.", "begin.", "end.")) else [1, 1] if label.startswith("prune.") else [1, 2]
+    for hit in hits:
+        killed = trainer.go(run.path, pruned_config, failpoint=f"{label}:{hit}")
+        assert killed.code == -signal.SIGKILL, f"{label}:{hit} was not reached: {killed}"
+    ended = trainer.go(run.path, pruned_config)
+    assert ended.code == 0, ended.stderr
+    assert_nothing_lost(pruned_reference, run)
+
+
+@pytest.mark.parametrize("before", ["commit.renamed", "save.weights_written", "step.logged:7"])
+@pytest.mark.parametrize("label", [x for x in LABELS if x.startswith(("resume.", "begin."))])
+def test_kill_while_resuming_loses_nothing(
+    before: str,
+    label: str,
+    trainer: Any,
+    pruned_config: RunConfig,
+    pruned_reference: Run,
+    assert_nothing_lost: Any,
+    tmp_path: Path,
+):
+    run = Run(tmp_path / "run")
+    assert trainer.go(run.path, pruned_config, failpoint=before).code == -signal.SIGKILL
+    if label == "resume.set_aside":
+        (run.checkpoints_path / "step-00000023" / "trainer").mkdir(parents=True)
+    killed = trainer.go(run.path, pruned_config, failpoint=label)
+    if label == "resume.journaled" and before != "commit.renamed":
+        assert killed.code == 0, "no committed line was missing"
+    else:
+        assert killed.code == -signal.SIGKILL, f"{label} was not reached: {killed}"
+    ended = trainer.go(run.path, pruned_config)
+    assert ended.code == 0, ended.stderr
+    assert_nothing_lost(pruned_reference, run)
+
+
+def disturb(trainer: Any, run: Run, config: RunConfig, seed: int, full_s: float) -> int:
+    """Kill the run at random moments until it ends; returns the number of kills."""
+    generator = random.Random(seed)
+    for kills in range(100):
+        ended = trainer.go(run.path, config, kill=(signal.SIGKILL, generator.uniform(0, full_s)))
+        if ended.code == 0:
+            return kills
+        assert ended.code == -signal.SIGKILL, f"seed {seed}: {ended}"
+    raise AssertionError(f"seed {seed}: the run never ends")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_kills_lose_nothing(
+    seed: int, trainer: Any, pruned_config: RunConfig, pruned_reference: Run, assert_nothing_lost: Any, tmp_path: Path
+):
+    full = trainer.go(tmp_path / "timed", pruned_config).seconds
+    run = Run(tmp_path / "run")
+    assert disturb(trainer, run, pruned_config, seed, full) > 0
+    assert_nothing_lost(pruned_reference, run)
+
+
+@pytest.mark.stress
+def test_two_hundred_random_kills_lose_nothing(
+    trainer: Any, pruned_config: RunConfig, pruned_reference: Run, assert_nothing_lost: Any, tmp_path: Path
+):
+    full = trainer.go(tmp_path / "timed", pruned_config).seconds
+    kills = seed = 0
+    while kills < 200:
+        run = Run(tmp_path / f"run{seed}")
+        kills += disturb(trainer, run, pruned_config, seed, full)
+        assert_nothing_lost(pruned_reference, run)
+        seed += 1
+    print(f"{kills} kills, 0 losses: fewer than {3 / kills:.1%} of kills lose something, at 95% confidence")
+
+
+def test_kill_of_the_real_command_loses_nothing(
+    trainer: Any, tiny_config: RunConfig, reference: Run, assert_nothing_lost: Any, tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setenv("TINYLAB_HOME", str(trainer.home))
+    config = tmp_path / "config.toml"
+    config.write_text(run_to_toml(tiny_config))
+    run = Run(tmp_path / "run")
+    command = [sys.executable, "-m", "tinylab", "train", str(run.path), "--config", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    assert process.stderr
+    process.stderr.readline()  # the first step is done
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert_nothing_lost(reference, run)
