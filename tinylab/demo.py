@@ -87,7 +87,7 @@ def _validation_losses(run: Run) -> list[float]:
 def _evaluate(run: Run) -> str:
     from tinylab.evaluate.harness import evaluate
 
-    records = [record for path in run.checkpoints() for record in evaluate(str(path), tasks=("probes",))]
+    records = evaluate(run.path, all_checkpoints=True)
     return f"{len(records)} measurements of {len(run.checkpoints())} checkpoints in {run.evaluations_path}"
 
 

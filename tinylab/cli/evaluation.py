@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from tinylab.cli.output import Answer, table
-from tinylab.errors import NothingFoundError
+from tinylab.errors import ConfigError, NothingFoundError
+
+if TYPE_CHECKING:
+    from tinylab.evaluate.store import Record
 
 
 def evaluate_verb(
@@ -16,6 +20,7 @@ def evaluate_verb(
     tasks: tuple[str, ...] = ("probes",),
     store: str | None = None,
     data: str | None = None,
+    data_dir: str | None = None,
     profile: str = "tinyllama-2023",
     limit: int | None = None,
     device: str = "cpu",
@@ -25,37 +30,48 @@ def evaluate_verb(
 
     Args:
         refs: models: folders, RUN (its newest checkpoint), RUN@STEP, RUN@1.5M (tokens).
-        tasks: names of lm-eval tasks, or probes: offline tasks from held-out documents.
+        tasks: probes (offline, from held-out documents), benchmarks, or names of their tasks.
         store: folder of results; default: a run's own evaluations/, else evaluations/ in TINYLAB_HOME.
         data: data folder that the probes are made from; default: that of the run.
+        data_dir: folder of <task>.jsonl files for the benchmarks; default: the Hub.
         profile: prompts, shots and metrics.
         limit: at most this many items of each task.
         device: cpu or cuda.
         all_checkpoints: every checkpoint of each RUN instead of the newest.
     """
     if not refs:
-        raise NothingFoundError("evaluate needs at least one REF; found none. List runs: tinylab runs")
+        raise ConfigError("evaluate needs at least one REF; found none. List runs: tinylab runs")
     from tinylab.evaluate.harness import evaluate
 
-    records = []
-    for ref in _every_checkpoint(refs) if all_checkpoints else refs:
-        records += evaluate(ref, tasks=tasks, store=store, data=data, profile=profile, limit=limit, device=device)
-    rows = [_score_row(record) for record in records]
-    return Answer(rows, table(rows))
+    records = evaluate(
+        refs,
+        tasks,
+        store,
+        data=data,
+        data_dir=data_dir,
+        profile=profile,
+        limit=limit,
+        device=device,
+        all_checkpoints=all_checkpoints,
+    )
+    rows = rows_of(records)
+    return Answer(rows, _table(rows))
 
 
-def _every_checkpoint(refs: tuple[str, ...]) -> list[str]:
-    """RUN as one REF for each of its checkpoints."""
-    from tinylab.runs.folder import Run
+def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row per record, as `scores` gives them: value with 95% interval, items, chance."""
+    from tinylab.evaluate.store import Scores
 
-    return [str(path) for ref in refs for path in Run(ref).require().checkpoints()]
+    rows = []
+    for store in dict.fromkeys(record.path.parents[1] for record in records):
+        measured = {(r.key.weights, r.key.task) for r in records if r.path.parents[1] == store}
+        rows += [row for row in Scores(store).rows() if (row["weights"], row["task"]) in measured]
+    return rows
 
 
-def _score_row(record: Any) -> dict[str, Any]:
-    """One stored record as a row: model, task, items, accuracy with its 95% interval, chance."""
-    from tinylab.evaluate.store import row_of
-
-    return row_of(record)
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The columns that fit a terminal; `--json` has all of them."""
+    return table(rows, ["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance"])
 
 
 def scores_verb(store: Annotated[str, arg(metavar="STORE")], /, metric: str | None = None) -> Answer:
@@ -70,23 +86,33 @@ def scores_verb(store: Annotated[str, arg(metavar="STORE")], /, metric: str | No
     rows = Scores(store).rows(metric)
     if not rows:
         raise NothingFoundError(f"{store} must hold results; found none. Fill it: tinylab evaluate REF")
-    return Answer(rows, table(rows))
+    return Answer(rows, _table(rows))
 
 
 def compare_verb(
     a: Annotated[str, arg(metavar="A")],
     b: Annotated[str, arg(metavar="B")],
     /,
+    tasks: tuple[str, ...] | None = None,
     store: str | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
 ) -> Answer:
     """Two models on the same items, pair by pair: difference with interval, McNemar's test, Holm's correction.
 
     Args:
         a: the one model, as in evaluate.
         b: the other one.
+        tasks: default: all that the store holds for both; the probes when there is none. What is missing is scored.
         store: folder of results that holds both; default: as in evaluate.
+        data: data folder that the probes are made from; default: that of the run.
+        data_dir: folder of <task>.jsonl files for the benchmarks.
+        limit: at most this many items of each task.
+        device: cpu or cuda.
     """
     from tinylab.evaluate.compare import compare
 
-    comparison = compare(a, b, store=store)
-    return Answer(comparison.document(), comparison.text())
+    found = compare(a, b, store, tasks, data=data, data_dir=data_dir, limit=limit, device=device)
+    return Answer(found.document(), found.text())
