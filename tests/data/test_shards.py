@@ -210,9 +210,9 @@ def test_any_flipped_bit_of_any_file_is_found(write_data, tmp_path_factory, data
 
 def test_digests_are_remembered_only_while_the_file_stays_the_same(make_data, monkeypatch):
     shards, path, _ = _two(make_data)
-    monkeypatch.setattr("tinylab.data.shards._RACY_NS", -(10**18))
+    monkeypatch.setattr("tinylab.data.integrity._RACY_NS", -(10**18))
     calls: list[Path] = []
-    monkeypatch.setattr("tinylab.data.shards.sha256_file", lambda p: calls.append(p) or sha256_file(p))
+    monkeypatch.setattr("tinylab.data.integrity.sha256_file", lambda p: calls.append(p) or sha256_file(p))
     open_shards(shards.path)
     first = len(calls)
     open_shards(shards.path)
@@ -234,6 +234,13 @@ def test_a_folder_without_data_and_an_altered_manifest_are_refused(make_data, tm
     manifest["tokenizer"]["vocab_size"] = 99
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="fingerprint must belong to its content"):
+        open_shards(path)
+    manifest["tokenizer"]["vocab_size"] = 14
+    manifest["fingerprint"] = fingerprint_of(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        DataError, match=r"sizes, counts and ids of shards must fit together; found otherwise in train/a"
+    ):
         open_shards(path)
     (path / "manifest.json").write_text("[1, 2")
     with pytest.raises(DataError, match="readable manifest"):

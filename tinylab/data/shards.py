@@ -6,10 +6,7 @@ The layout on disk, and the writer, are in packing.py.
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from tinylab.data.integrity import damaged_files, read_manifest
 from tinylab.data.packing import (
     DTYPES,
     SHARD_TOKENS,
     SPLITS,
     START,
-    VERSION,
     ShardWriter,
     build_manifest,
     fingerprint_of,
     source_entry,
 )
 from tinylab.errors import DataError
-from tinylab.runs.manifest import MANIFEST, sha256_file
 
 __all__ = [
     "SHARD_TOKENS",
@@ -42,10 +38,6 @@ __all__ = [
     "open_shards",
     "source_entry",
 ]
-
-_RACY_NS = 1_000_000_000
-_checked: dict[tuple[str, int, int, int, int], str] = {}
-"""SHA-256 of files hashed by this process, by path, inode, size, mtime and ctime (ns)."""
 
 
 @dataclass(frozen=True)
@@ -241,12 +233,9 @@ def open_shards(path: str | Path, *, verify: bool = True) -> ShardSet:
     Raises DataError naming every missing or damaged file.
     """
     path = Path(path).absolute()
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if verify:
-        expected = _expected_files(path, manifest)
-        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda item: _problem(path / item[0], *item[1]), sorted(expected.items()))
-            problems = [p for p in found if p]
+        problems = damaged_files(path, manifest)
         if problems:
             raise DataError(
                 f"{path} must be as it was prepared; found {len(problems)} damaged files: "
@@ -254,59 +243,3 @@ def open_shards(path: str | Path, *, verify: bool = True) -> ShardSet:
                 + ". Restore them from a copy, or delete the folder and prepare it again (tinylab prepare)"
             )
     return ShardSet(path, manifest)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a data folder, with its own digest, names and counts checked."""
-    file = path / MANIFEST
-    remedy = "prepare the data again (tinylab prepare)"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} must hold prepared data ({MANIFEST}); found none: {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file} must be a readable manifest; found: {error}. Delete the folder and {remedy}"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("version") != VERSION or "splits" not in manifest:
-        raise DataError(f"{file} must be a data manifest of version {VERSION}; found another file: {remedy}")
-    if manifest.get("fingerprint") != fingerprint_of(manifest):
-        raise DataError(f"{file}: the fingerprint must belong to its content; found it altered. Restore it or {remedy}")
-    vocab_size = manifest["tokenizer"]["vocab_size"]
-    for record in (r for split in manifest["splits"].values() for source in split.values() for r in source["shards"]):
-        size = record["tokens"] * DTYPES[record["dtype"]].itemsize
-        if record["bytes"] != size or record["max_id"] >= vocab_size:
-            raise DataError(
-                f"{path / record['file']} must hold {record['tokens']} ids below {vocab_size} in {size} bytes; "
-                f"the manifest says {record['bytes']} bytes, ids up to {record['max_id']}: {remedy}"
-            )
-    return manifest
-
-
-def _expected_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """Bytes and SHA-256 of every file of the folder, by relative name; the shards' records must agree."""
-    files = manifest.get("files", {})
-    records = [r for split in manifest["splits"].values() for source in split.values() for r in source["shards"]]
-    entries = [e for r in records for e in (r, r["index"], r["origins"])]
-    agree = all(files.get(e["file"]) == {"bytes": e["bytes"], "sha256": e["sha256"]} for e in entries)
-    if not agree or any(set(e) != {"bytes", "sha256"} for e in files.values()):
-        raise DataError(f"{path / MANIFEST}: files must agree with the shards' records; prepare the data again")
-    return {name: (e["bytes"], e["sha256"]) for name, e in files.items()}
-
-
-def _problem(path: Path, size: int, sha256: str) -> str | None:
-    """What is wrong with a file, or None."""
-    try:
-        stat = path.stat()
-        if stat.st_size != size:
-            return f"{path}: {size} bytes expected, {stat.st_size} found"
-        key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        digest = _checked.get(key) or sha256_file(path)
-        # A file younger than the clock's grain could change again without a new time: not remembered.
-        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _RACY_NS:
-            _checked[key] = digest
-    except FileNotFoundError:
-        return f"{path}: missing"
-    except OSError as error:
-        return f"{path}: unreadable ({error.strerror})"
-    return None if digest == sha256 else f"{path}: SHA-256 differs from the manifest"

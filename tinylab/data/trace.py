@@ -1,0 +1,55 @@
+"""Which samples a step of a run consumes, and which documents they come from: before, during and after the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinylab.config.schema import RunConfig
+from tinylab.data.order import DataOrder
+from tinylab.data.shards import ShardSet
+
+
+def trace_batch(config: RunConfig, shards: ShardSet, step: int, text: bool = False) -> list[dict[str, Any]]:
+    """One dictionary per sample of step `step`, over all ranks, in order.
+
+    | key | what it is |
+    |---|---|
+    | `n` | number of the sample in the run, from 0 |
+    | `source`, `epoch`, `window` | its address: source by name, epochs from 0, window of model.seq_len tokens |
+    | `first_token` | position of its first token in the source's stream |
+    | `documents` | of each document in it: `origin`, `sha256` of its text, `document` (its number), `tokens` |
+    | `text` | the sample decoded (with `text=True`) |
+
+    A sample reads seq_len + 1 tokens (inputs and last target), so the documents' `tokens` add up to that.
+    Raises ConfigError for a step outside the run, DataError when the data do not fit the configuration.
+    """
+    order = DataOrder.of(config, shards)
+    samples = order.samples(step)
+    seq_len = config.model.seq_len
+    decode = _decoder(shards) if text else None
+    rows = []
+    for n, source, epoch, window in zip(samples.n, samples.source, samples.epoch, samples.window, strict=True):
+        name, first = order.names[source], int(window) * seq_len
+        stream = shards.stream("train", name)
+        spans = stream.documents(first, seq_len + 1)
+        row: dict[str, Any] = {
+            "n": int(n),
+            "source": name,
+            "epoch": int(epoch),
+            "window": int(window),
+            "first_token": first,
+            "documents": [
+                {"origin": s.origin, "sha256": s.sha256, "document": s.document, "tokens": s.stop - s.start}
+                for s in spans
+            ],
+        }
+        if decode is not None:
+            row["text"] = decode(stream.read(first, seq_len + 1).tolist())
+        rows.append(row)
+    return rows
+
+
+def _decoder(shards: ShardSet) -> Any:
+    from tinylab.data.tokenizer import load_tokenizer_file
+
+    return load_tokenizer_file(shards.tokenizer_path).decode
