@@ -41,7 +41,7 @@ $(VENV):
 
 $(STAMP): $(VENV)
 	@echo "installing into .venv with the pins of $(CONSTRAINTS) (minutes the first time)"
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --progress-bar off \
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --progress-bar off \
 	  -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -e ".[notebook,evaluate,dev]"
 	@$(BIN)/python -m ipykernel install --sys-prefix --name tinylab --display-name tinylab >/dev/null
 	@rm -f .venv/.setup-* && touch $@

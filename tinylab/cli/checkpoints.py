@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -15,12 +16,15 @@ from tinylab.runs.folder import Run, list_runs, resolve_run, step_of
 from tinylab.runs.manifest import MANIFEST, verify_folder
 
 
-def checkpoints_verb(runs: Annotated[tuple[str, ...], arg(metavar="RUN")] = (), /) -> Answer:
+def checkpoints_verb(runs: Annotated[tuple[str, ...], arg(metavar="RUN")] = (), /, published: bool = False) -> Answer:
     """List the checkpoints of runs: step, tokens, stage, size, and whether the optimizer state is there.
 
     Args:
         runs: run folders, or names below runs/; default: all of them.
+        published: list the published milestones instead: TinyLlama's and Pythia's.
     """
+    if published:
+        return _published()
     chosen = [Run(r).require() for r in runs] if runs else list_runs()
     rows = [checkpoint_row(run, path) for run in chosen for path in run.checkpoints()]
     if not rows:
@@ -28,6 +32,15 @@ def checkpoints_verb(runs: Annotated[tuple[str, ...], arg(metavar="RUN")] = (), 
         raise NothingFoundError(f"{where} must hold committed checkpoints; found none. Train first: tinylab train RUN")
     shown = [{**r, "size": byte_count(r["bytes"]), "ref": f"{r['run']}@{r['step']}"} for r in rows]
     return Answer(rows, table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"]))
+
+
+def _published() -> Answer:
+    """The published milestones with the REF that names each."""
+    from tinylab.checkpoint.registry import PUBLISHED
+
+    rows = [{"ref": m.name, **dataclasses.asdict(m)} for m in PUBLISHED]
+    shown = [{**r, "hub": f"{r['repository']}@{r['revision']}"} for r in rows]
+    return Answer(rows, table(shown, ["ref", "step", "tokens", "stage", "architecture", "hub"]))
 
 
 def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
@@ -123,21 +136,24 @@ def convert_verb(
     source: Annotated[str, arg(metavar="SRC")],
     target: Annotated[str, arg(metavar="DST")],
     /,
-    to: str | None = None,
-    dtype: str | None = None,
+    to: Literal["huggingface", "litgpt", "tinyllama"] | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
 ) -> Answer:
-    """From one checkpoint format to another.
+    """From one checkpoint format to another; the logits of both are compared before the target appears.
 
     Args:
         source: any REF: a Hugging Face folder, a run's checkpoint, a lit-gpt .pth, a llama2.c .bin.
         target: folder or file to make; it must not exist.
-        to: format of the target; default: by its name.
-        dtype: fp32, bf16 or fp16; default: as in the source.
+        to: format of the target; default: tinyllama for a name that ends in .pth, else huggingface.
+        dtype: default: as in the source.
     """
+    import torch
+
     from tinylab.checkpoint.convert import convert
 
-    done = convert(source, target, to=to, dtype=dtype)
-    return Answer(done, f"{target}: written from {source}")
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    done = convert(source, target, to, dtype=kinds[dtype] if dtype else None)
+    return Answer(done, str(done))
 
 
 def generate_verb(
