@@ -109,7 +109,7 @@ def run_notebook(
 
     The kernel is this Python; its working folder is the caller's. `timeout` is in seconds per cell. A cell's
     ConfigError or NothingFoundError is raised again here as what it was, so exit codes hold; any other error is a
-    NotebookError that names the cell; a signal gives RunStopped after the notebook was saved. `out` is complete at every moment.
+    NotebookError that names the cell; a signal gives RunStopped after the notebook was saved. `out` is always whole.
     """
     source = find_notebook(notebook)
     values = check_values(notebook_parameters(source), parameters or {}, source.name)

@@ -53,7 +53,7 @@ def new_figure(
     """A figure and its axes (rows, columns): title left, grid faint, caption under everything in grey."""
     figure = LabFigure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **grid)
-    caption = "\n".join(line for part in caption.splitlines() for line in textwrap.wrap(part, int(15.2 * width)))
+    caption = "\n".join(line for part in caption.splitlines() for line in textwrap.wrap(part, int(16.2 * width)))
     lines = caption.count("\n") + 1 if caption else 0
     foot, head = (0.17 * lines + 0.08) / height if lines else 0.0, 0.36 / height
     figure.get_layout_engine().set(rect=(0.004, foot, 0.992, 1 - foot - head), w_pad=0.06, h_pad=0.05)  # type: ignore[union-attr]

@@ -1,1 +1,10 @@
-"""Forms over plain functions, each with a static twin."""
+"""Live views: forms over plain functions. Each has `.static()`, the same numbers as HTML that needs no frontend."""
+
+from __future__ import annotations
+
+from tinylab.widgets.compare import CompareCheckpoints
+from tinylab.widgets.html import Html, show_table
+from tinylab.widgets.monitor import Monitor
+from tinylab.widgets.view import ComparisonView, compare_view
+
+__all__ = ["CompareCheckpoints", "ComparisonView", "Html", "Monitor", "compare_view", "show_table"]

@@ -1,0 +1,41 @@
+"""Steps whose loss stands out, and what was in their batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinylab.runs.folder import Run
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def loss_spikes(run: Run, count: int = 5, window: int = 25) -> pandas.DataFrame:
+    """The `count` steps whose loss lies highest above the median of the `window` steps before them.
+
+    Columns: `step, tokens, stage, loss, expected` (that median), `excess` (nats), `deviations` (excess over the
+    typical deviation, 1.4826 median absolute deviations of the window), `grad_norm, data_hash`. The first `window`
+    steps are left out: there the loss falls faster than it scatters.
+    """
+    import pandas
+
+    records = run.metric_records()
+    losses = np.array([r["loss"] for r in records], dtype=float)
+    rows = []
+    for i in range(window, len(records)):
+        before = losses[i - window : i]
+        expected = float(np.median(before))
+        spread = 1.4826 * float(np.median(np.abs(before - expected)))
+        record = records[i]
+        rows.append(
+            {name: record.get(name) for name in ("step", "tokens", "stage", "loss")}
+            | {
+                "expected": expected,
+                "excess": losses[i] - expected,
+                "deviations": (losses[i] - expected) / max(spread, 1e-9),
+            }
+            | {name: record.get(name) for name in ("grad_norm", "data_hash")}
+        )
+    return pandas.DataFrame(sorted(rows, key=lambda row: -row["excess"])[:count])

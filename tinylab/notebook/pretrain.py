@@ -1,0 +1,51 @@
+"""What notebook 02 does: start a run, resume it, follow it, or show it finished, whichever the run folder asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tinylab.config import presets
+from tinylab.config.io import override
+from tinylab.config.schema import RunConfig
+from tinylab.errors import ConfigError
+from tinylab.runs.folder import Run
+
+if TYPE_CHECKING:
+    from tinylab.widgets.monitor import Monitor
+
+MODES = ("auto", "process", "watch")
+
+
+def planned(run: Run, preset: str, tokens: int | None = None, changes: list[str] | None = None) -> RunConfig:
+    """The configuration of the run: that of its folder when it exists, else `preset`, `tokens` long, with `changes`."""
+    return run.config if run.exists() else override(presets.preset(preset, tokens), changes or [])
+
+
+def continue_run(run: Run, config: RunConfig, mode: str = "auto") -> str:
+    """Bring the run to its end with a live view, and say what was done: `started`, `resumed`, `attached`, `finished`.
+
+    `auto` and `process` train in this process, which ends with its kernel; `watch` only follows another trainer.
+    Raises ConfigError for another mode; NothingFoundError when there is nothing to watch; what `train` raises.
+    """
+    from tinylab.widgets.monitor import Monitor
+
+    if mode not in MODES:
+        raise ConfigError(f"mode must be one of {', '.join(MODES)}; found {mode!r}")
+    if mode == "watch":
+        run.require()
+    state, monitor = run.status()["state"], Monitor(run)
+    if state == "running":
+        monitor.follow()
+        return "attached"
+    if state == "done" or mode == "watch":
+        monitor.show()
+        return "finished" if state == "done" else state
+    return _train(run, config, monitor, resumed=state != "none")
+
+
+def _train(run: Run, config: RunConfig, monitor: Monitor, *, resumed: bool) -> str:
+    from tinylab.train.loop import train
+
+    with monitor:
+        train(config, run, progress=False)
+    return "resumed" if resumed else "started"

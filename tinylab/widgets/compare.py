@@ -1,0 +1,155 @@
+"""A form over `compare_view`: choose two checkpoints, a text and prompts; results appear below, errors too."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import ipywidgets
+
+from tinylab.runs.folder import Run
+from tinylab.widgets.html import Html, bundle, error_html
+from tinylab.widgets.view import ComparisonView, Loaded, compare_view, load
+
+_WIDE = {"description_width": "11em"}
+
+
+class CompareCheckpoints:
+    """Two checkpoints compared on demand, in a browser or without one.
+
+    a, b: REFs; when one is a checkpoint of a run, all checkpoints of that run can be chosen. `view` is a result that
+    is shown first and costs nothing; without it the first one is made when `static()` or the button asks for it.
+    The form works by keyboard, says its state in words, and its models stay loaded between questions.
+    """
+
+    def __init__(
+        self,
+        a: str,
+        b: str,
+        *,
+        text: str = "The quick brown fox jumps over the lazy dog.",
+        prompts: Sequence[str] = (),
+        view: ComparisonView | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.device = device
+        self.view = view
+        self._models: dict[str, Loaded] = {}
+        self._thread: threading.Thread | None = None
+        choices = _choices(a, b)
+        self.a = ipywidgets.Dropdown(description="A (earlier)", options=choices, value=a, style=_WIDE)
+        self.b = ipywidgets.Dropdown(description="B (later)", options=choices, value=b, style=_WIDE)
+        area = {"width": "48em", "height": "5em"}
+        self.text = ipywidgets.Textarea(
+            description="Text to score", value=text, style=_WIDE, layout=area, continuous_update=False
+        )
+        self.prompts = ipywidgets.Textarea(
+            description="Prompts, one a line",
+            value="\n".join(p.replace("\n", "\\n") for p in prompts),
+            style=_WIDE,
+            layout=area,
+            continuous_update=False,
+        )
+        self.length = ipywidgets.IntSlider(
+            description="Continue (tokens)", value=40, min=1, max=200, style=_WIDE, continuous_update=False
+        )
+        self.temperature = ipywidgets.FloatSlider(
+            description="Temperature (0: greedy)", value=0, min=0, max=2, step=0.1, style=_WIDE, continuous_update=False
+        )
+        self.seed = ipywidgets.BoundedIntText(description="Seed", value=0, min=0, max=2**31 - 1, style=_WIDE)
+        self.button = ipywidgets.Button(description="Compare", button_style="primary", tooltip="Compare A and B")
+        self.state = ipywidgets.Label(value="ready: press Compare")
+        self.result = ipywidgets.HTML(value=view.html if view else "")
+        self.form = ipywidgets.VBox(
+            [
+                self.a,
+                self.b,
+                self.text,
+                self.prompts,
+                self.length,
+                self.temperature,
+                self.seed,
+                ipywidgets.HBox([self.button, self.state]),
+                self.result,
+            ]
+        )
+        self.button.on_click(self._start)
+
+    def static(self) -> Html:
+        """The comparison as HTML that needs no frontend: the same tables, figures and text as the form shows."""
+        if self.view is None:
+            self._compare(*self._question())
+        return Html(self.result.value, repr(self.view) if self.view else "the comparison failed")
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when the comparison that the button started has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        twin = self.static()
+        return bundle(self.form, twin.html, repr(twin))
+
+    def _start(self, _: Any = None) -> None:
+        """Answer the button at once; the work is a thread's, because models load slowly."""
+        if self._thread is not None and self._thread.is_alive():
+            self.state.value = "still working: one comparison at a time"
+            return
+        self.button.disabled = True
+        self.state.value = f"loading {self.a.label} and {self.b.label} …"
+        self._thread = threading.Thread(target=self._compare, args=self._question(), daemon=True)
+        self._thread.start()
+
+    def _question(self) -> tuple[str, str, dict[str, Any]]:
+        """What the form asks for now, read in the kernel's own thread."""
+        prompts = [line.replace("\\n", "\n") for line in self.prompts.value.splitlines() if line]
+        settings = {"text": self.text.value, "prompts": prompts, "max_new_tokens": self.length.value}
+        return (
+            str(self.a.value),
+            str(self.b.value),
+            settings | {"temperature": self.temperature.value, "seed": self.seed.value},
+        )
+
+    def _compare(self, a: str, b: str, settings: dict[str, Any]) -> None:
+        """Compare and show; whatever goes wrong is shown in the view, not lost in a log."""
+        try:
+            first, second = self._load(a), self._load(b)
+            self.state.value = f"comparing {first.reference.label} and {second.reference.label} …"
+            self.view = compare_view(first, second, device=self.device, **settings)
+            self.result.value = self.view.html
+            self.state.value = f"done: {self.view.b} against {self.view.a}"
+        except Exception as error:
+            self.view = None
+            self.result.value = error_html(error, "The comparison")
+            self.state.value = "failed: see below"
+        finally:
+            self.button.disabled = False
+
+    def _load(self, ref: str) -> Loaded:
+        """The model of REF, loaded once; the two newest stay in memory."""
+        if ref not in self._models:
+            self._models = dict(list(self._models.items())[-1:]) | {ref: load(ref, self.device)}
+        return self._models[ref]
+
+
+def _choices(a: str, b: str) -> list[tuple[str, str]]:
+    """(label, REF) for A, B and every checkpoint of their runs, each REF once."""
+    from tinylab.checkpoint.reference import resolve_reference, run_references
+
+    given = {ref: resolve_reference(ref) for ref in (a, b)}
+    found = {str(r.path): ref for ref, r in given.items()}
+    choices = []
+    for run in dict.fromkeys(r.run for r in given.values() if r.run is not None):
+        for reference in run_references(Run(run)):
+            choices.append((_label(reference), found.pop(str(reference.path), str(reference.path))))
+    others = [(_label(given[ref]), ref) for ref in found.values()]
+    known = {ref for _, ref in choices + others}
+    return choices + others + [(f"{_label(given[ref])} ", ref) for ref in (a, b) if ref not in known]
+
+
+def _label(reference: Any) -> str:
+    from tinylab.plots.style import format_count
+
+    tokens = f", {format_count(reference.tokens)} tokens" if reference.tokens is not None else ""
+    return f"{reference.label}{tokens}"

@@ -1,0 +1,157 @@
+"""A live view of a run folder: tails `metrics.jsonl` by byte offset, never talks to the trainer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from tinylab.plots.escape import table_html
+from tinylab.plots.style import format_count
+from tinylab.plots.training import loss_curves
+from tinylab.runs.durable import read_lines
+from tinylab.runs.folder import Run
+from tinylab.widgets.html import Html, error_html, figure_html
+
+REST = 15.0
+"""The view rests this many times as long as an update took, so that it costs a trainer beside it little."""
+
+
+class Monitor:
+    """Table and loss curve of a run, updated in place at most once a second while the `with` block runs.
+
+    Only the last state stays in a saved notebook. `.static()` is that state without a frontend.
+    """
+
+    def __init__(self, run: Run | str, interval_s: float = 1.0) -> None:
+        self.run = run if isinstance(run, Run) else Run(run)
+        self.interval_s = max(1.0, interval_s)
+        self._records: list[dict[str, Any]] = []
+        self._offset = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._handle: Any = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every metrics line so far; only what is new is read. A resume that cut lines starts over."""
+        path = self.run.metrics_path
+        with self._lock:
+            if self._offset and (not path.exists() or path.stat().st_size < self._offset):
+                self._records, self._offset = [], 0
+            new, self._offset = read_lines(path, self._offset)
+            if new and self._records and new[0]["step"] <= self._records[-1]["step"]:
+                self._records, (new, self._offset) = [], read_lines(path)
+            self._records += new
+            return list(self._records)
+
+    def summary(self) -> dict[str, str]:
+        """The state of the run in words and numbers with units."""
+        records, status = self.read(), self.run.status()
+        rows = {"state": _state(status, self.run)}
+        if not records:
+            return rows | {"steps": "none yet"}
+        last, config = records[-1], self.run.config
+        measured = [r for r in records if r.get("validation_loss") is not None]
+        recent = [r["tokens_per_s"] for r in records[-50:] if r.get("tokens_per_s")]
+        speed = sorted(recent)[len(recent) // 2] if recent else None
+        rows["step"] = f"{last['step']:,} of {config.steps:,}"
+        rows["tokens"] = f"{format_count(last['tokens'])} of {format_count(config.tokens)}"
+        rows["stage"] = str(last.get("stage", ""))
+        rows["training loss"] = f"{last['loss']:.3f} nats per token"
+        if measured:
+            first, newest = measured[0], measured[-1]
+            fall = f"{first['validation_loss']:.3f} → {newest['validation_loss']:.3f}"
+            rows["validation loss"] = f"{fall} nats per token (step {newest['step']:,})"
+        rows["learning rate"] = f"{last['lr']:.2e}"
+        if last.get("grad_norm") is not None:
+            rows["gradient norm"] = f"{last['grad_norm']:.2f} before clipping"
+        if speed:
+            rows["speed"] = f"{speed:,.0f} tokens/s (median of the last {len(recent)} steps)"
+            left = config.tokens - last["tokens"]
+            if left > 0 and status["state"] == "running":
+                rows["time left"] = f"about {_duration(left / speed)}"
+        rows["MFU"] = "n/a (peak of this device unknown)" if last.get("mfu") is None else f"{last['mfu']:.1%}"
+        if last.get("peak_memory_gib") is not None:
+            rows["peak memory"] = f"{last['peak_memory_gib']:.2f} GiB"
+        rows["checkpoints"] = str(len(self.run.checkpoints()))
+        return rows
+
+    def static(self) -> Html:
+        """Table and loss curve as they are now, as HTML with the figure in it."""
+        import pandas
+
+        rows = self.summary()
+        table = pandas.DataFrame({"": list(rows), "value": list(rows.values())})
+        parts = [table_html(table, f"Run {self.run.name}")]
+        records = self.read()
+        if len(records) > 1:
+            figure = loss_curves([(self.run.name, pandas.DataFrame(records))])
+            parts.append(figure_html(figure, f"Loss of run {self.run.name} over tokens"))
+        text = "; ".join(f"{k}: {v}" for k, v in rows.items())
+        return Html("".join(f"<div>{part}</div>" for part in parts), text)
+
+    def show(self) -> None:
+        """Draw once, or replace what was drawn."""
+        try:
+            view = self.static()
+        except Exception as error:
+            view = Html(error_html(error, f"Reading {self.run.path}"), str(error))
+        if self._handle is None:
+            from IPython.display import display
+
+            self._handle = display(view, display_id=True)
+        else:
+            self._handle.update(view)
+
+    def follow(self, poll_s: float = 1.0) -> str:
+        """Watch until the run is no longer running (another process trains); its last state."""
+        with self:
+            while (state := self.run.status()["state"]) == "running":
+                time.sleep(poll_s)
+        return state
+
+    def __enter__(self) -> Monitor:
+        self._stop.clear()
+        self.show()
+        self._thread = threading.Thread(target=self._loop, name="tinylab-monitor", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.show()
+
+    def _loop(self) -> None:
+        rest = self.interval_s
+        while not self._stop.wait(rest):
+            start = time.perf_counter()
+            self.show()
+            rest = max(self.interval_s, REST * (time.perf_counter() - start))
+
+
+def _state(status: dict[str, Any], run: Run) -> str:
+    words = {
+        "none": "not started",
+        "running": "running",
+        "done": "done",
+        "stopped": "stopped after a checkpoint; run again to resume",
+        "failed": "failed; see the journal",
+        "lost": "lost: it says running, but its process is gone; run again to resume",
+    }
+    state = str(status.get("state", "none"))
+    return f"{words.get(state, state)} ({run.path.name})" if state != "running" else f"running, pid {status.get('pid')}"
+
+
+def _duration(seconds: float) -> str:
+    """`42 s`, `7 min`, `3.5 h`, `12 days`."""
+    for limit, unit in ((86400 * 2, "days"), (3600 * 1.5, "h"), (90, "min")):
+        if seconds >= limit:
+            size = {"days": 86400, "h": 3600, "min": 60}[unit]
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s"
