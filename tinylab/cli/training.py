@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,8 @@ def train_verb(
     from tinylab.train.loop import train
 
     train(resolved, folder)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one rank speaks
+        return Answer(None, "")
     summary = run_summary(folder)
     text = (
         f"{folder.path}: {summary['state']} at step {summary['step']} of {summary['steps']}, "
