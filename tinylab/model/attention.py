@@ -30,6 +30,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if mask is None and 1 < queries < keys:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     causal = mask is None and queries > 1
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # torch's CPU kernel is slower in bf16 than in fp32 without AMX: forward and backward of (16, 6, 256, 32) took
+        # 44 ms against 23 ms, best of 12 on two cores of an AMD EPYC with AVX512_BF16, torch 2.13.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal, enable_gqa=grouped
+            )
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
