@@ -5,11 +5,15 @@ Letters: B batch, T tokens, K key-value heads, S tokens of room, D head size, V 
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from tinylab.config.schema import Model
 from tinylab.errors import ConfigError
+from tinylab.model.transformer import Llama
 
 
 class TextTokenizer(Protocol):
