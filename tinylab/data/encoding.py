@@ -25,7 +25,7 @@ from tinylab.runs.durable import disk_error
 JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 _EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
-_KEPT_SETTINGS = ("model_max_length", "chat_template", "pad_token", "unk_token")
+_KEPT_SETTINGS = ("model_max_length", "chat_template", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 
 
 class Tokenizer:
@@ -72,12 +72,11 @@ class Tokenizer:
         """Compare the engine with the reference on `texts`; give up engines that differ, with a note. Gives itself."""
         reference = "sentencepiece" if self._sentencepiece else "tokenizers"
         wanted = self._engine(reference)(texts)
-        for slower in ("tokenizers", "sentencepiece"):
-            if self.backend == reference:
-                break
+        while self.backend != reference:
             different = _first_difference(texts, self._engine(self.backend)(texts), wanted)
             if different is None:
                 break
+            slower = "tokenizers" if self.backend == "gigatoken" else "sentencepiece"
             self.notes.append(f"{self.backend} gives other ids than {reference} for {different}; using {slower}")
             self._use(slower)
         return self
@@ -92,7 +91,7 @@ class Tokenizer:
         settings = {k: v for k, v in self._settings.items() if k in _KEPT_SETTINGS}
         # Not LlamaTokenizerFast: transformers would build its own tokenizer from the vocabulary and ignore the file.
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
-        settings |= {"clean_up_tokenization_spaces": False, "add_bos_token": False, "add_eos_token": False}
+        settings["clean_up_tokenization_spaces"] = False
         for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if i is not None:
                 settings[name] = self._piece(i)
@@ -112,7 +111,9 @@ class Tokenizer:
             return self
         try:
             fast = self._engine("gigatoken")(SAMPLE)
-        except Exception as error:  # whatever it raises, the slower engine works
+        except BaseException as error:  # its panics are no Exception; whatever it raises, the slower engine works
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             self.notes.append(f"gigatoken refuses this tokenizer ({error}); using tokenizers")
             return self
         different = _first_difference(SAMPLE, fast, self._engine("tokenizers")(SAMPLE))

@@ -82,7 +82,7 @@ class Spool:
         The hash is of the text, so a document is held out or not whatever else the corpus holds, but for that rule.
         Documents are stored in the order of the hash, which is no order of theirs.
         """
-        key = seed.to_bytes(8, "little", signed=True)
+        key = str(seed).encode()[:64]
         rank = {e.digest: hashlib.blake2b(e.digest, key=key, digest_size=8).digest() for e in self._entries}
         entries = sorted(self._entries, key=lambda e: (rank[e.digest], e.digest))
         below = sum(int.from_bytes(r, "big") < fraction * 2**64 for r in rank.values())
