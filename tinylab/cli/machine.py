@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from tinylab.cli.output import Answer, table
 from tinylab.config.io import parse_count
-from tinylab.errors import EXIT_FAILED
+from tinylab.config.presets import preset as find_preset
+from tinylab.errors import EXIT_FAILED, ConfigError
 
 
 def demo_verb(
@@ -49,6 +51,50 @@ def doctor_verb(device: Literal["auto", "cpu", "cuda"] = "auto") -> Answer:
     problems = sum(f["state"] == "problem" for f in found["findings"])
     lines.append("everything that tinylab needs works" if found["healthy"] else f"{problems} problems")
     return Answer(found, "\n".join(lines), 0 if found["healthy"] else EXIT_FAILED)
+
+
+def plan_verb(
+    preset: str | None = None,
+    config: str | None = None,
+    gpu: str = "a100-40g",
+    gpus: int = 1,
+    tokens: str | None = None,
+    tokens_per_s: float | None = None,
+    mfu: float | None = None,
+    micro_batch: int | None = None,
+    price: float | None = None,
+) -> Answer:
+    """Memory, speed, days and cost of a run before it starts.
+
+    Args:
+        preset: configuration to plan: tinyllama_1b (default), tinyllama_v1_1, tinyllama_120m, tiny, demo.
+        config: TOML file to plan instead of a preset.
+        gpu: a100-40g, a100-80g, h100, h200, …
+        gpus: how many.
+        tokens: length of the run, such as 3T; default: that of the configuration.
+        tokens_per_s: measured speed of one GPU; default: from mfu.
+        mfu: share of the peak by FLOPs formula F, such as 0.4; default: TinyLlama's on an A100.
+        micro_batch: sequences per forward pass and GPU; default: that of the configuration.
+        price: of one GPU hour, in any currency.
+    """
+    from tinylab.config.io import load_run
+    from tinylab.planner import plan
+
+    if preset is not None and config is not None:
+        raise ConfigError("give --preset or --config, not both: each is a whole configuration")
+    run = load_run(config) if config else find_preset(preset or "tinyllama_1b")
+    if micro_batch is not None:
+        run = replace(run, parallel=replace(run.parallel, micro_batch=micro_batch))
+    found = plan(
+        run,
+        gpu,
+        gpus,
+        None if tokens is None else parse_count(tokens, "--tokens"),
+        tokens_per_s=tokens_per_s,
+        mfu=mfu,
+        price_per_gpu_hour=price,
+    )
+    return Answer(found.to_dict(), found.text())
 
 
 def bench_verb(
