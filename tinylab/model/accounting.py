@@ -140,7 +140,7 @@ def inference_memory_bytes(
 
 def memory_bytes(run: RunConfig, *, gpus: int = 1) -> dict[str, int]:
     """`training_memory_bytes` of a run as configured: its micro-batch, precision and strategy on so many GPUs."""
-    precision = "fp32" if run.parallel.precision == "fp32" else "bf16"
+    precision = "fp32" if run.parallel.precision == "fp32" else "bf16"  # `auto`: GPUs worth planning for have it
     micro_batch = min(run.parallel.micro_batch, -(-run.stages[0].batch_tokens // (run.model.seq_len * gpus)))
     shard = run.parallel.strategy != "ddp"
     return training_memory_bytes(run.model, micro_batch, gpus=gpus, shard=shard, precision=precision)
