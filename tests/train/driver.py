@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -38,6 +39,17 @@ class SignalAt(Hook):
             os.kill(os.getpid(), self._number)
 
 
+class StopFileAt(Hook):
+    """Asks the run to stop by its file."""
+
+    def __init__(self, step: int, run: Run) -> None:
+        self._step, self._run = step, run
+
+    def step(self, record: dict) -> None:
+        if record["step"] == self._step:
+            (self._run.path / "stop").touch()
+
+
 def run_child(request: dict, stderr: int) -> int:
     """Train as asked; the exit code."""
     os.setsid()
@@ -45,9 +57,12 @@ def run_child(request: dict, stderr: int) -> int:
     os.environ.update(request["env"])
     if request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
-    hooks = [SignalAt(*request["signal_at"])] if request.get("signal_at") else []
+    hooks: list[Hook] = [SignalAt(*request["signal_at"])] if request.get("signal_at") else []
+    run = Run(request["run"])
+    if request.get("stop_at"):
+        hooks.append(StopFileAt(request["stop_at"], run))
     try:
-        train(load_run(request["config"]), Run(request["run"]), hooks=hooks)
+        train(load_run(request["config"]), run, hooks=hooks)
         return 0
     except TinylabError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -57,28 +72,50 @@ def run_child(request: dict, stderr: int) -> int:
         return 99
 
 
-def wait(pid: int, request: dict) -> int:
-    """The child's exit code, after a signal at its time if one is asked for."""
+def start(request: dict, stderr: int) -> list[int]:
+    """Fork the ranks of a job; their process ids."""
+    ranks = request.get("ranks", 1)
+    environments: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environments = [{**job, "RANK": str(rank)} for rank in range(ranks)]
+    pids = []
+    for environment in environments:
+        pid = os.fork()
+        if not pid:
+            os.environ.update(environment)
+            os._exit(run_child(request, stderr))
+        pids.append(pid)
+    return pids
+
+
+def wait(pids: list[int], request: dict) -> int:
+    """The first exit code that is not 0, after a signal to all at its time if one is asked for."""
     number, after = request.get("kill") or (0, 0.0)
     deadline = time.monotonic() + (after if number else 120.0)
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] and len(pids) > 1:  # as torchrun does
+                    deadline = min(deadline, time.monotonic() + 5.0)
         if time.monotonic() >= deadline:
-            os.kill(pid, number or signal.SIGKILL)
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            for pid in set(pids) - set(codes):
+                os.kill(pid, number or signal.SIGKILL)
+            number, deadline = signal.SIGKILL, time.monotonic() + 60.0
         time.sleep(0.001)
+    return next((code for code in codes.values() if code), 0)
 
 
 for line in sys.stdin:
     request = json.loads(line)
     began = time.monotonic()
-    with tempfile.TemporaryFile() as errors:
-        pid = os.fork()
-        if not pid:
-            os._exit(run_child(request, errors.fileno()))
-        code = wait(pid, request)
+    with tempfile.TemporaryFile(buffering=0) as errors:
+        code = wait(start(request, errors.fileno()), request)
         errors.seek(0)
         answer = {"code": code, "stderr": errors.read().decode(), "seconds": time.monotonic() - began}
     print(json.dumps(answer), flush=True)

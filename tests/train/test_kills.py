@@ -47,6 +47,19 @@ def test_kill_at_every_labelled_point_loses_nothing(
     assert_nothing_lost(pruned_reference, run)
 
 
+@pytest.mark.parametrize("label", [x for x in LABELS if x.startswith(("prepare.", "commit."))])
+def test_kill_while_preparing_the_data_loses_nothing(
+    label: str, trainer: Any, pruned_config: RunConfig, pruned_reference: Run, assert_nothing_lost: Any, tmp_path: Path
+):
+    run, home = Run(tmp_path / "run"), tmp_path / "home"
+    killed = trainer.go(run.path, pruned_config, failpoint=label, home=home)
+    assert killed.code == -signal.SIGKILL, f"{label} was not reached: {killed}"
+    ended = trainer.go(run.path, pruned_config, home=home)
+    assert ended.code == 0, ended.stderr
+    assert_nothing_lost(pruned_reference, run)
+    assert [p.name for p in (home / "data").iterdir() if p.name.startswith(".tmp")] == []
+
+
 @pytest.mark.parametrize("before", ["commit.renamed", "save.weights_written", "step.logged:7"])
 @pytest.mark.parametrize("label", [x for x in LABELS if x.startswith(("resume.", "begin."))])
 def test_kill_while_resuming_loses_nothing(

@@ -156,14 +156,12 @@ def _problems(folder: Path) -> list[str]:
     """Why a checkpoint must not be used; empty when it holds."""
     try:
         problems = verify_folder(folder)
-        if not problems and read_record(folder)["step"] != _step(folder):
-            problems = [
-                f"{folder / 'trainer' / 'trainer.json'}: step {read_record(folder)['step']} in a folder of another"
-            ]
     except CheckpointError as error:
         return [str(error)]
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror}; check the path and its permissions") from error
+    if not problems and (step := read_record(folder)["step"]) != _step(folder):
+        problems = [f"{folder / 'trainer' / 'trainer.json'}: step {step} in a folder of another"]
     return problems
 
 

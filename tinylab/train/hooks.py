@@ -26,6 +26,7 @@ HEARTBEAT_S = 1.0
 PLAIN_LINE_S = 10.0
 """Between progress lines where standard error is no terminal."""
 STOP_FILE = "stop"
+STOP_REASON = "stop file"
 SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGTERM}
 """Signals that stop a run, and the one whose exit code they give: 130 for SIGINT, 143 for the others."""
 
@@ -62,6 +63,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.reason == STOP_REASON:
+            self.forget_file()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -82,7 +85,7 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether a signal came or RUN/stop exists."""
         if self.reason is None and self._file.exists():
-            self.reason = "stop file"
+            self.reason = STOP_REASON
         return self.reason is not None
 
     def stopped(self, where: str) -> RunStopped:

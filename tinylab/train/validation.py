@@ -13,6 +13,7 @@ from tinylab.data.shards import ShardSet
 from tinylab.data.tokenizer import load_tokenizer_file
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import reshard
+from tinylab.errors import TinylabError
 from tinylab.model.loss import IGNORED, token_losses
 from tinylab.model.precision import Precision, autocast
 from tinylab.model.transformer import Llama
@@ -36,9 +37,17 @@ class Validator:
     def after(self, model: Llama, step: int) -> dict[str, float]:
         """`validation_loss` and `bits_per_byte` if the run measures after `step`, else nothing.
 
-        Every rank must call it.
+        Every rank must call it. Raises TinylabError naming the step when the loss is not finite.
         """
-        return self.measure(model) if validates_at(self._config, step) else {}
+        if not validates_at(self._config, step):
+            return {}
+        measured = self.measure(model)
+        if not all(map(math.isfinite, measured.values())):
+            raise TinylabError(
+                f"the validation loss after step {step} must be finite; found {measured['validation_loss']}. "
+                "Lower optimizer.lr or set optimizer.clip_norm in a new run"
+            )
+        return measured
 
     @torch.no_grad()
     def measure(self, model: Llama) -> dict[str, float]:

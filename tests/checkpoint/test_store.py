@@ -1,0 +1,232 @@
+"""Checkpoints on disk: when, which one counts, what happens to damaged and surplus ones."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tinylab.checkpoint import store
+from tinylab.checkpoint.store import Snapshot, latest_good, load_trainer, prune, save_checkpoint, saves_at
+from tinylab.config.schema import Data, Model, RunConfig, Saving, Schedule, Source, Stage
+from tinylab.errors import CheckpointError
+from tinylab.model.transformer import Llama
+from tinylab.runs.folder import Run
+
+MODEL = Model(vocab_size=20, n_layer=1, d_model=8, n_head=2, n_kv_head=1, d_ff=16, seq_len=8)
+CONFIG = RunConfig(
+    model=MODEL,
+    data=Data(sources=(Source(name="a", corpus="files:a.txt"),), vocab_size=20),
+    stages=(Stage(name="one", tokens=30 * 8, batch_tokens=8), Stage(name="two", tokens=10 * 8, batch_tokens=8)),
+    schedule=Schedule(warmup_tokens=8),
+    saving=Saving(every_tokens=10 * 8),
+)
+
+
+def snapshot(step: int) -> Snapshot:
+    model = Llama(MODEL)
+    model.init_weights(step)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    moments = {f"{n}.exp_avg": w + step for n, w in weights.items()}
+    record = {"step": step, "tokens": 8 * step}
+    rng = {"cpu.0": torch.arange(256).to(torch.uint8) * step}
+    return Snapshot(weights=weights, optimizer=moments, rng=rng, record=record)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Any:
+    """What a save needs of the data: a tokenizer folder and its ids."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    return SimpleNamespace(tokenizer_path=tmp_path / "tokenizer", manifest={"tokenizer": {"bos_id": 1, "eos_id": 2}})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "run")
+    run.create(CONFIG, {})
+    return run
+
+
+def save(run: Run, shards: Any, *steps: int) -> None:
+    for step in steps:
+        save_checkpoint(run, snapshot(step), MODEL, shards)
+
+
+def test_saves_are_at_early_steps_crossings_and_stage_ends():
+    assert [s for s in range(1, 41) if saves_at(CONFIG, s)] == [1, 2, 4, 8, 10, 20, 30, 40]
+    plain = replace(CONFIG, saving=Saving(every_tokens=12 * 8, early=False))
+    assert [s for s in range(1, 41) if saves_at(plain, s)] == [12, 24, 30, 36, 40]
+    rare = replace(CONFIG, saving=Saving(every_tokens=10**9))
+    assert [s for s in range(1, 41) if saves_at(rare, s)] == [1, 2, 4, 8, 16, 30, 32, 40]
+
+
+def test_crossings_are_counted_in_tokens_not_in_steps():
+    uneven = replace(CONFIG, saving=Saving(every_tokens=20, early=False))
+    assert [s for s in range(1, 12) if saves_at(uneven, s)] == [3, 5, 8, 10]
+
+
+def test_a_checkpoint_gives_back_what_was_saved_bit_for_bit(run: Run, shards: Any):
+    save(run, shards, 10)
+    folder, notes = latest_good(run)
+    assert folder == run.checkpoints_path / "step-00000010" and notes == []
+    record, moments, rng = load_trainer(folder)
+    saved = snapshot(10)
+    assert record["step"] == 10 and record["format_version"] == 1
+    assert moments.keys() == saved.optimizer.keys()
+    assert all(torch.equal(moments[n], t) for n, t in saved.optimizer.items())
+    assert torch.equal(rng["cpu.0"], saved.rng["cpu.0"])
+
+
+def test_steps_are_compared_as_integers(run: Run, shards: Any):
+    """Names sort as text otherwise: jzhang38/TinyLlama resumed from iter-960000 with iter-1240000 on disk."""
+    save(run, shards, 99_999_999, 100_000_000, 960_000, 1_040_000)
+    folder, _ = latest_good(run)
+    assert folder and folder.name == "step-100000000"
+    assert [int(p.name[5:]) for p in run.checkpoints()] == [960_000, 1_040_000, 99_999_999, 100_000_000]
+
+
+def test_stray_folders_never_count(run: Run, shards: Any):
+    save(run, shards, 4)
+    for name in ("step-00000008.bak", "step-8", "step-00000009x", ".tmp-step-00000010", "old"):
+        shutil.copytree(run.checkpoints_path / "step-00000004", run.checkpoints_path / name)
+    folder, notes = latest_good(run)
+    assert folder and folder.name == "step-00000004" and notes == []
+    assert not (run.checkpoints_path / ".tmp-step-00000010").exists(), "a leftover of a killed save is removed"
+    assert (run.checkpoints_path / "step-00000008.bak").exists(), "what is not ours stays"
+
+
+def damage(folder: Path, generator: random.Random) -> str:
+    """Damage one file of a checkpoint in one of the ways that storage knows; says how."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    path = generator.choice(files)
+    data = bytearray(path.read_bytes())
+    kind = generator.choice(["truncate", "bit", "page", "missing", "extra", "swap"])
+    if kind == "truncate":
+        path.write_bytes(data[: generator.randrange(len(data))])
+    elif kind == "bit":
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(data)
+    elif kind == "page":
+        start = generator.randrange(len(data))
+        part = data[start : start + 4096]
+        path.write_bytes(data[:start] + bytes(b ^ 0xFF for b in part) + data[start + 4096 :])
+    elif kind == "missing":
+        path.unlink()
+    elif kind == "extra":
+        (folder / "trainer" / "extra.safetensors").write_bytes(b"\0" * 8)
+    else:
+        other = generator.choice([p for p in files if p != path])
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    return f"{kind} {path.name}"
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(700, marks=pytest.mark.stress)])
+def test_every_damage_is_seen_and_the_newest_good_one_is_used(count: int, run: Run, shards: Any, tmp_path: Path):
+    save(run, shards, 10, 20)
+    whole = tmp_path / "whole"
+    shutil.copytree(run.checkpoints_path / "step-00000020", whole)
+    for seed in range(count):
+        newest = run.checkpoints_path / "step-00000020"
+        if not newest.exists():
+            shutil.copytree(whole, newest)
+        how = damage(newest, random.Random(seed))
+        if _same(newest, whole):
+            continue
+        folder, notes = latest_good(run)
+        assert folder and folder.name == "step-00000010", f"seed {seed}: {how} was not seen"
+        assert len(notes) == 1 and "step-00000020 is damaged" in notes[0] and "quarantine" in notes[0]
+    assert run.journal()[-1]["event"] == "quarantined"
+
+
+def _same(a: Path, b: Path) -> bool:
+    files = [{p.relative_to(r): p.read_bytes() for p in r.rglob("*") if p.is_file()} for r in (a, b)]
+    return files[0] == files[1]
+
+
+def test_files_of_two_steps_mixed_are_seen(run: Run, shards: Any):
+    save(run, shards, 10, 20)
+    old, new = (run.checkpoints_path / f"step-000000{s}0" for s in (1, 2))
+    shutil.copy(old / "trainer" / "optimizer.safetensors", new / "trainer" / "optimizer.safetensors")
+    folder, notes = latest_good(run)
+    assert folder == old and "optimizer.safetensors: SHA-256 differs" in notes[0]
+
+
+def test_a_whole_checkpoint_under_another_steps_name_is_seen(run: Run, shards: Any):
+    save(run, shards, 10)
+    shutil.copytree(run.checkpoints_path / "step-00000010", run.checkpoints_path / "step-00000099")
+    folder, notes = latest_good(run)
+    assert folder and folder.name == "step-00000010" and "step 10 in a folder of another" in notes[0]
+
+
+def test_no_checkpoint_yet_is_no_error_but_a_lost_one_is(run: Run, shards: Any):
+    assert latest_good(run) == (None, [])
+    save(run, shards, 1)
+    shutil.rmtree(run.checkpoints_path / "step-00000001")
+    with pytest.raises(CheckpointError, match=r"at least one undamaged.*is empty although the journal names"):
+        latest_good(run)
+
+
+def test_a_folder_renamed_before_its_journal_line_gets_the_line(run: Run, shards: Any):
+    save(run, shards, 1, 2)
+    lines = run.journal_path.read_bytes().splitlines(keepends=True)
+    run.journal_path.write_bytes(b"".join(lines[:-1]))
+    folder, _ = latest_good(run)
+    assert folder and folder.name == "step-00000002"
+    assert [(x["step"], x.get("recovered", False)) for x in run.journal()] == [(1, False), (2, True)]
+    latest_good(run)
+    assert len(run.journal()) == 2, "once is enough"
+
+
+def test_retention_keeps_the_newest_regular_and_every_permanent_checkpoint(run: Run, shards: Any):
+    config = replace(CONFIG, saving=replace(CONFIG.saving, every_tokens=5 * 8, keep=2))
+    for step in (1, 2, 4, 5, 10, 15, 20, 25):
+        save(run, shards, step)
+        prune(run, config)
+    assert [int(p.name[5:]) for p in run.checkpoints()] == [1, 2, 4, 20, 25]
+    save(run, shards, 30, 35, 40)
+    assert prune(run, config) == [20]
+    assert [int(p.name[5:]) for p in run.checkpoints()] == [1, 2, 4, 25, 30, 35, 40]
+
+
+def test_nothing_is_removed_behind_a_checkpoint_that_does_not_hold(run: Run, shards: Any):
+    config = replace(CONFIG, saving=replace(CONFIG.saving, early=False, keep=1))
+    save(run, shards, 10, 20)
+    (run.checkpoints_path / "step-00000020" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"right after its commit.*No older checkpoint was removed"):
+        prune(run, config)
+    assert len(run.checkpoints()) == 2
+
+
+def test_a_save_without_room_names_bytes_needed_and_free_before_it_writes(
+    run: Run, shards: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"step-00000001: about \d+ bytes needed, 1000 bytes free; make room"):
+        save(run, shards, 1)
+    assert list(run.checkpoints_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_never_replaced(run: Run, shards: Any):
+    save(run, shards, 1)
+    before = (run.checkpoints_path / "step-00000001" / "manifest.json").read_bytes()
+    with pytest.raises(CheckpointError, match="must not exist before it is committed"):
+        save(run, shards, 1)
+    assert (run.checkpoints_path / "step-00000001" / "manifest.json").read_bytes() == before
+    assert [p.name for p in run.checkpoints_path.iterdir()] == ["step-00000001"]
+
+
+def test_another_format_version_is_refused(run: Run, shards: Any):
+    saved = snapshot(1)
+    saved.record["format_version"] = 2
+    save_checkpoint(run, saved, MODEL, shards)
+    with pytest.raises(CheckpointError, match=r"format_version 1; found 2\. Resume with the tinylab that wrote it"):
+        latest_good(run)
+    assert run.checkpoints(), "it is not damaged, only newer: it stays"

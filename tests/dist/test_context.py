@@ -1,0 +1,97 @@
+"""Rank, world and device as one object; checks between ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinylab.config.schema import Parallel
+from tinylab.dist.context import Context, open_context
+from tinylab.errors import LaunchError
+
+CPU = Parallel(device="cpu", threads=1)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_torchrun_a_process_is_alone_and_needs_no_group():
+    with open_context(CPU) as context:
+        assert (context.rank, context.world, context.is_main, context.device.type) == (0, 1, True, "cpu")
+        assert context.sum_integers([2**63 - 1, 5]) == [2**63 - 1, 5]
+        assert not torch.distributed.is_initialized()
+
+
+def test_threads_are_those_of_the_configuration_or_the_cores():
+    before = torch.get_num_threads()
+    try:
+        with open_context(CPU) as context:
+            assert context.threads == torch.get_num_threads() == 1
+        with open_context(Parallel(device="cpu")) as context:
+            assert context.threads == torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_missing_device_and_a_bad_rank_are_explained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with (
+        pytest.raises(LaunchError, match='"cuda" needs a working CUDA device; found none'),
+        open_context(Parallel(device="cuda")),
+    ):
+        pass
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(LaunchError, match="RANK must be a whole number; found 'first'"), open_context(CPU):
+        pass
+
+
+RANKS = """
+import sys
+from tinylab.config.schema import Parallel
+from tinylab.dist.context import open_context
+from tinylab.errors import LaunchError
+with open_context(Parallel(device="cpu", threads=1)) as context:
+    total = context.sum_integers([context.rank + 1, 2**62 - context.rank])
+    assert total == [3, 2**63 - 1], total
+    parts = context.gather_tensor(__import__("torch").tensor([context.rank]))
+    assert [p.item() for p in parts] == [0, 1]
+    context.require_equal("ab" * 32, "the weights")
+    try:
+        context.require_equal(("ab" if context.rank else "cd") * 32, "the weights")
+    except LaunchError as error:
+        print(error)
+"""
+
+
+def test_two_ranks_sum_exactly_and_notice_weights_that_differ(tmp_path: Path):
+    """TinyLlama's ranks could start from different weights (issue 180 of its repository): nobody compared them."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS],
+            env=os.environ | job | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [p.communicate(timeout=60)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    for output in outputs:
+        assert "the weights must be equal on all 2 ranks before the first step; rank 1 differs from rank 0" in output
+
+
+def test_one_rank_agrees_with_itself():
+    Context(device=torch.device("cpu")).require_equal("00", "the weights")

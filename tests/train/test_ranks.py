@@ -1,0 +1,69 @@
+"""Several ranks do the run of one: same samples, same losses, one writer. gloo on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylab.config.io import override
+from tinylab.runs.folder import Run
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_two_ranks_consume_the_samples_of_one_and_lose_alike(
+    strategy: str, micro_batch: int, trainer: Any, reference: Run, tmp_path: Path
+):
+    run = Run(tmp_path / "run")
+    layout = [f"parallel.strategy={strategy}", f"parallel.micro_batch={micro_batch}"]
+    ended = trainer.go(run.path, override(trainer.config, layout), ranks=2)
+    assert ended.code == 0, ended.stderr
+    pairs = list(zip(run.metric_records(), reference.metric_records(), strict=True))
+    for ours, theirs in pairs:
+        assert ours["data_hash"] == theirs["data_hash"]
+        for key in ("loss", "validation_loss", "bits_per_byte"):
+            # The same sums in another order, in fp32 (reliability goal: 1e-5).
+            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-5)
+    assert ended.stderr.count("step 24/24") == 1, "one rank reports"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_killed_and_started_again_end_bit_equal(
+    strategy: str, trainer: Any, assert_nothing_lost: Any, tmp_path: Path
+):
+    config = override(trainer.config, [f"parallel.strategy={strategy}"])
+    whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
+    assert trainer.go(whole.path, config, ranks=2).code == 0
+    assert trainer.go(cut.path, config, ranks=2, failpoint="step.logged:14").code != 0
+    ended = trainer.go(cut.path, config, ranks=2)
+    assert ended.code == 0, ended.stderr
+    assert_nothing_lost(whole, cut)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_number_of_ranks_may_change_between_starts(strategy: str, trainer: Any, reference: Run, tmp_path: Path):
+    run = Run(tmp_path / "run")
+    config = override(trainer.config, [f"parallel.strategy={strategy}"])
+    assert trainer.go(run.path, config, failpoint="step.logged:6").code != 0
+    assert trainer.go(run.path, config, ranks=2, failpoint="step.logged:8").code != 0
+    ended = trainer.go(run.path, config)
+    assert ended.code == 0, ended.stderr
+    worlds = [line["world_size"] for line in run.journal() if line["event"] in ("started", "resumed")]
+    assert worlds == [1, 2, 1]
+    for ours, theirs in zip(run.metric_records(), reference.metric_records(), strict=True):
+        assert ours["data_hash"] == theirs["data_hash"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused(trainer: Any, tmp_path: Path):
+    ended = trainer.go(tmp_path / "run", ranks=3)
+    assert ended.code == 2 and "number of ranks (3) must divide the sequences of a step (8)" in ended.stderr
+
+
+def test_a_signal_to_every_rank_commits_once(trainer: Any, tmp_path: Path):
+    run = Run(tmp_path / "run")
+    ended = trainer.go(run.path, ranks=2, signal_at=(7, 15))
+    assert ended.code == 143 and "after step 7" in ended.stderr
+    assert run.journal()[-1]["event"] == "stopped" and run.checkpoints()[-1].name == "step-00000007"
