@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -124,9 +124,10 @@ def _parse_value(text: str) -> Any:
     if re.fullmatch(r"[0-9][0-9_]*(\.[0-9]+)?[KMBTkmbt]", text):
         return parse_count(text)
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        values = tomllib.loads(f"v = {text}")
+    except (ValueError, RecursionError):
         return text
+    return values["v"] if len(values) == 1 else text
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} must not nest deeper than {MAX_DEPTH} levels")
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -204,9 +205,9 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
 
 def _convert_scalar(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number and math.isfinite(value):
+    if hint is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
-    if hint is int and is_number and float(value).is_integer() and abs(value) < 2**63:
+    if hint is int and is_number and abs(value) < 2**63 and value == int(value):
         return int(value)
     if hint in (bool, str) and isinstance(value, hint):
         return value

@@ -22,7 +22,9 @@ def _positive(owner: str, **values: float) -> None:
 
 def nearest_divisor(of: int, near: int) -> int:
     """The divisor of `of` that lies closest to `near` (the larger of two equally close)."""
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: (abs(d - near), -d))
+    near = min(near, of)
+    tried = (d for far in range(min(near, 10**6)) for d in (near + far, near - far))
+    return next((d for d in tried if of % d == 0), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ class Model:
             rope_theta=self.rope_theta,
             init_std=self.init_std,
         )
+        if self.d_head is not None:
+            _positive("model", d_head=self.d_head)
         if self.d_head is None and self.d_model % self.n_head:
             raise ConfigError(
                 f"model.n_head ({self.n_head}) must divide model.d_model ({self.d_model}); "
@@ -198,7 +202,9 @@ class Stage:
     tokens: int = 3_000_000_000_000
     """Length in tokens over all ranks; rounded up to whole steps."""
     batch_tokens: int = 2_097_152
-    """Tokens per optimizer step, summed over all ranks and micro-batches. TinyLlama: 1,024 sequences of 2,048 (jzhang38/TinyLlama:README.md)."""
+    """Tokens per optimizer step, summed over all ranks and micro-batches.
+
+    TinyLlama: 1,024 sequences of 2,048 (jzhang38/TinyLlama:README.md)."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of each source in this stage's samples, any positive scale; empty: equal shares."""
     ramp_tokens: int = 0
