@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,17 @@ def document_lengths(shards: ShardSet, split: str = "train") -> dict[str, np.nda
         ends = [count] if count == stream.n_tokens else []
         lengths[name] = np.diff(np.concatenate([stream.document_starts(0, count), np.array(ends, dtype=np.int64)]))
     return lengths
+
+
+def sample_table(samples: list[dict[str, Any]]) -> pandas.DataFrame:
+    """The samples of a step (data/trace.py), one row each, their documents as one text: origin and tokens of each."""
+    import pandas
+
+    rows = []
+    for sample in samples:
+        documents = "; ".join(f"{d['origin']} ({d['tokens']} tokens)" for d in sample["documents"])
+        rows.append({k: sample[k] for k in ("n", "source", "epoch", "window")} | {"documents": documents})
+    return pandas.DataFrame(rows)
 
 
 def token_counts(shards: ShardSet, split: str = "train") -> dict[str, np.ndarray]:

@@ -49,7 +49,7 @@ def text_losses(model: Llama, tokenizer: Tokenizer, text: str) -> tuple[list[int
 
 
 def compare_tokens(model_a: Llama, model_b: Llama, tokenizer: Tokenizer, text: str) -> pandas.DataFrame:
-    """One row per predicted token: `position` (from 1), `id`, `text`, `loss_a`, `loss_b` and `delta` (B − A) in nats."""
+    """One row per predicted token: `position` (from 1), `id`, `text`, `loss_a`, `loss_b`, `delta` (B − A), in nats."""
     import pandas
 
     ids, a = text_losses(model_a, tokenizer, text)

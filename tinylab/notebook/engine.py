@@ -19,6 +19,7 @@ from papermill.engines import NBClientEngine
 from papermill.iorw import LocalHandler, papermill_io
 from papermill.log import logger
 from papermill.utils import merge_kwargs, remove_args
+from traitlets import default
 
 from tinylab.notebook.results import EXECUTOR_VARIABLE, OUT_VARIABLE
 from tinylab.runs.durable import write_atomic
@@ -47,7 +48,14 @@ class AtomicHandler(LocalHandler):
 
 
 class InterpreterKernel(AsyncKernelManager):
-    """A kernel in the Python that runs this process, whatever kernelspec of the same name is installed elsewhere."""
+    """A kernel in the Python that runs this process, whatever kernelspec of the same name is installed elsewhere.
+
+    It talks through sockets in a private folder, not through ports of the machine.
+    """
+
+    @default("transport")
+    def _transport(self) -> str:
+        return "ipc"
 
     @property
     def kernel_spec(self) -> KernelSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tinylab.config import presets
@@ -16,9 +17,19 @@ if TYPE_CHECKING:
 MODES = ("auto", "process", "watch")
 
 
-def planned(run: Run, preset: str, tokens: int | None = None, changes: list[str] | None = None) -> RunConfig:
-    """The configuration of the run: that of its folder when it exists, else `preset`, `tokens` long, with `changes`."""
-    return run.config if run.exists() else override(presets.preset(preset, tokens), changes or [])
+def planned(
+    run: Run | str, preset: str, tokens: int | None = None, limit_mb: float | None = None, changes: Sequence[str] = ()
+) -> RunConfig:
+    """The configuration of the run: that of its folder when it exists, else `preset`, `tokens` long.
+
+    `limit_mb` caps the text taken from each source of a new run (10^6 bytes); `changes` are its dotted overrides.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    if run.exists():
+        return run.config
+    config = presets.preset(preset, tokens)
+    limits = [f"data.sources.{i}.limit_mb={limit_mb!r}" for i in range(len(config.data.sources)) if limit_mb]
+    return override(config, [*limits, *changes])
 
 
 def continue_run(run: Run, config: RunConfig, mode: str = "auto") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +29,26 @@ def escape(text: Any) -> str:
 
 def table_html(table: pandas.DataFrame, caption: str = "", digits: int = 4) -> str:
     """A DataFrame as an HTML table, numbers right-aligned, every text escaped, its index left out."""
-    head = "".join(f"<th>{escape(c)}</th>" for c in table.columns)
+    head = "".join(f'<th style="text-align:left">{escape(c)}</th>' for c in table.columns)
     rows = []
     for row in table.itertuples(index=False, name=None):
         rows.append("<tr>" + "".join(_cell(value, digits) for value in row) + "</tr>")
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    if not rows:
+        rows = [f'<tr><td colspan="{max(1, len(table.columns))}" style="text-align:left">none</td></tr>']
+    title = f'<caption style="white-space:nowrap;text-align:left;font-weight:600">{escape(caption)}</caption>'
+    title = title if caption else ""
     return f'<table class="tinylab">{title}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
-        return (
-            f"<td>{escape('yes' if value is True else 'no' if value is False else '' if value is None else value)}</td>"
-        )
+        words = {True: "yes", False: "no", None: ""}
+        text = words[value] if value is None or isinstance(value, bool) else value
+        return f'<td style="text-align:left;max-width:46em;overflow-wrap:break-word">{escape(text)}</td>'
     number = float(value)
     if number != number:
         text = "n/a"
-    elif number == int(number) and abs(number) < 1e15:
+    elif math.isfinite(number) and number == int(number) and abs(number) < 1e15:
         text = f"{int(number):,}"
     else:
         text = f"{number:.{digits}g}"
