@@ -107,7 +107,7 @@ def test_what_is_passed_over_is_counted_by_reason(environment_of):
         {
             "lib/latin.py": "# caf\xe9 ".encode("latin-1") * 40,
             "lib/broken.py": f'"""{LONG}"""\ndef (:\n',
-            "lib/large.py": "x = 1\n" * 200_000,
+            "lib/large.py": "x = 1\n" * 40_000,
             "lib/tiny.py": "x = 1\n",
             "lib/here.py": f'"""{LONG} {sys.prefix}/bin"""\n',
             "site-packages/p/numbers.txt": "0.125 0.25;\n" * 100,
@@ -117,7 +117,7 @@ def test_what_is_passed_over_is_counted_by_reason(environment_of):
     assert not documents
     assert skipped == {
         "files that are not UTF-8": 1,
-        "files over 1,000,000 bytes": 1,
+        "files over 200,000 bytes": 1,
         "sources that cannot be parsed": 1,
         "texts that name a folder of this machine": 1,
         "text files that are no prose": 1,

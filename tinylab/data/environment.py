@@ -27,8 +27,8 @@ PROSE_SUFFIXES = (".md", ".rst", ".txt")
 MIN_PROSE = 120
 """Characters below which a docstring or document says too little to learn from."""
 MIN_CODE = 64
-MAX_FILE_BYTES = 1_000_000
-"""Larger sources are tables or generated."""
+MAX_FILE_BYTES = 200_000
+"""Larger sources are tables or generated, and one of them would fill a small sample."""
 MIN_DOCSTRING_SHARE = 0.1
 """Sources with a smaller share of triple-quoted text are not parsed for docstrings.
 

@@ -44,8 +44,8 @@ class Spool:
     ) -> None:
         """Take documents until they end or hold `limit_bytes` of text.
 
-        `seen` holds the digests of all texts taken so far, of any source: a text is kept once. A document that
-        would pass the limit is cut short only if it is the first; else the source ends before it.
+        `seen` holds the digests of all texts taken so far, of any source: a text is kept once. The document that
+        would pass the limit is cut there, at the end of a line if it has one.
         """
         counts: Counter[str] = Counter()
         entries: list[Entry] = []
@@ -53,10 +53,9 @@ class Spool:
             for document in documents:
                 counts["read"] += 1
                 data = _encode(document, counts)
-                if limit_bytes is not None and self.n_bytes + len(data) > limit_bytes:
-                    if entries:
-                        break
-                    data = data[: int(limit_bytes)].decode("utf-8", "ignore").encode()
+                full = limit_bytes is not None and self.n_bytes + len(data) >= limit_bytes
+                if limit_bytes is not None and full:
+                    data = _cut(data, int(limit_bytes) - self.n_bytes)
                 digest = hashlib.sha256(data).digest()
                 if not data.strip():
                     counts["empty"] += 1
@@ -67,14 +66,17 @@ class Spool:
                     entries.append(Entry(digest, document.origin, self.n_bytes, len(data)))
                     file.write(data)
                     self.n_bytes += len(data)
+                if full:
+                    break
         self._entries = entries
         self.report = {key: counts[key] for key in ("read", "empty", "duplicates", "repaired")}
         self.report |= {"kept": len(entries), "skipped": dict(sorted(skipped.items()))}
 
     def counts(self) -> str:
         """What was kept and left out, in words."""
-        numbers = {k: v for k, v in self.report.items() if isinstance(v, int)} | self.report["skipped"]
-        return ", ".join(f"{n:,} {reason}" for reason, n in numbers.items() if n)
+        left_out = {k: self.report[k] for k in ("duplicates", "empty")} | self.report["skipped"]
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items() if n)
+        return f"{self.report['kept']:,} of {self.report['read']:,} documents kept; left out: {reasons or 'nothing'}"
 
     def split(self, fraction: float, seed: int) -> None:
         """Hold out the documents whose keyed hash lies below `fraction`; at least one of two, never the only one.
@@ -135,6 +137,14 @@ def _read(file: BinaryIO, entry: Entry) -> str:
     if len(data) != entry.size:
         raise DataError(f"the text of {entry.origin} must be where it was put; the temporary file was cut short")
     return data.decode()
+
+
+def _cut(data: bytes, size: int) -> bytes:
+    """The first `size` bytes of a text, less a broken character and what follows the last line end."""
+    if len(data) <= size:
+        return data
+    data = data[:size]
+    return data[: data.rfind(b"\n") + 1] or data.decode("utf-8", "ignore").encode()
 
 
 def _encode(document: Document, counts: Counter[str]) -> bytes:
