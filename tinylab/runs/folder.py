@@ -114,12 +114,14 @@ class Run:
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 holder = os.read(descriptor, 200).decode(errors="replace") or "unknown"
                 raise CheckpointError(
                     f"{self.path} must have one trainer at a time; found another ({holder}). "
                     "Wait for it, stop it, or choose another run folder"
                 ) from None
+            except OSError as error:
+                raise disk_error(path, error) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
             yield
@@ -127,19 +129,22 @@ class Run:
             os.close(descriptor)
 
     def write_status(self, state: str, step: int, **more: Any) -> None:
-        """Replace `status.json`: state (`running`, `done`, `stopped`, `failed`), step, pid, host, heartbeat (Unix s)."""
+        """Replace `status.json`: state (`running`, `done`, `stopped`, `failed`), step, pid, host, heartbeat (s)."""
         record = {"state": state, "step": step, "pid": os.getpid(), "host": socket.gethostname()}
         record |= {"heartbeat": time.time(), **more}
         write_atomic(self.status_path, json.dumps(record), sync=False)
 
     def status(self) -> dict[str, Any]:
-        """The last status; `state` is `lost` when it says running but the heartbeat is stale or the process is gone."""
+        """The last status, or state `none` where there is no readable one.
+
+        `state` is `lost` when it says running but the heartbeat is stale or the process is gone.
+        """
         try:
             status = json.loads(self.status_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if status["state"] == "running" and not self._is_alive(status):
+                status["state"] = "lost"
+        except (OSError, ValueError, TypeError, KeyError):
             return {"state": "none", "step": 0}
-        if status.get("state") == "running" and not self._is_alive(status):
-            status["state"] = "lost"
         return status
 
     @staticmethod
@@ -151,7 +156,7 @@ class Run:
                 return False
             except PermissionError:
                 return True
-        return time.time() - status.get("heartbeat", 0.0) < STALE_HEARTBEAT_S
+        return time.time() - float(status["heartbeat"]) < STALE_HEARTBEAT_S
 
     def write_journal(self, event: str, **more: Any) -> None:
         """Append one fsynced line: event, time (Unix s), and what belongs to it."""

@@ -54,7 +54,7 @@ def commit_folder(temporary: Path, target: Path, extra: dict[str, Any] | None = 
             p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
         }
         write_atomic(temporary / MANIFEST, json.dumps({"version": 1, **(extra or {}), "files": entries}, indent=1))
-        for folder in {p.parent for p in files}:
+        for folder in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
             fsync_path(folder)
         failpoint("commit.manifest_written")
         os.rename(temporary, target)
@@ -70,12 +70,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = manifest["files"]
-        assert isinstance(files, dict) and all({"bytes", "sha256"} <= set(v) for v in files.values())
     except FileNotFoundError:
         raise CheckpointError(f"{path} must exist in a committed folder; found none: the save never ended") from None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{path} must be a manifest with bytes and sha256 per file; found: {error!r}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} must be a readable manifest; found: {error}") from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and isinstance(e.get("bytes"), int) and isinstance(e.get("sha256"), str)
+        for e in files.values()
+    ):
+        raise CheckpointError(f"{path} must hold bytes and sha256 of each file under `files`; found otherwise")
     return files
 
 
@@ -90,9 +94,12 @@ def verify_folder(folder: Path) -> list[str]:
     problems += [f"{folder / name}: on disk, not in the manifest" for name in sorted(present - set(expected))]
     for name in sorted(present & set(expected)):
         path, entry = folder / name, expected[name]
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            problems.append(f"{path}: {entry['bytes']} bytes expected, {size} found")
-        elif sha256_file(path) != entry["sha256"]:
-            problems.append(f"{path}: SHA-256 differs from the manifest")
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                problems.append(f"{path}: {entry['bytes']} bytes expected, {size} found")
+            elif sha256_file(path) != entry["sha256"]:
+                problems.append(f"{path}: SHA-256 differs from the manifest")
+        except OSError as error:
+            problems.append(f"{path}: unreadable ({error.strerror})")
     return problems

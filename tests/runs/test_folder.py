@@ -1,0 +1,195 @@
+"""A run folder: private, one trainer at a time, integer order of steps, status that does not lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinylab.config.presets import tiny
+from tinylab.errors import CheckpointError, NothingFoundError
+from tinylab.runs.folder import STALE_HEARTBEAT_S, Run, home, list_runs, resolve_run, step_name, step_of
+
+HOLD = """
+import sys, time
+from tinylab.runs.folder import Run
+with Run(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "runs" / "one")
+    run.create(tiny(), {"git": None})
+    return run
+
+
+def test_a_created_run_is_private_and_holds_its_whole_configuration(run: Run):
+    assert run.config == tiny() and run.exists() and run.name == "one"
+    assert json.loads(run.provenance_path.read_text()) == {"git": None}
+    assert run.path.stat().st_mode & 0o077 == 0
+    assert (run.checkpoints(), run.journal(), run.metric_records(), run.status()) == (
+        [],
+        [],
+        [],
+        {"state": "none", "step": 0},
+    )
+
+
+def test_a_folder_without_a_run_says_how_to_start_one(tmp_path: Path):
+    with pytest.raises(
+        NothingFoundError, match=r"must hold a run \(config\.toml\); found none\. Start one: tinylab train"
+    ):
+        _ = Run(tmp_path / "none").config
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write .*/file/run: Not a directory; check the path"):
+        Run(tmp_path / "file" / "run").create(tiny(), {})
+
+
+def test_names_lie_below_runs_and_paths_stay_as_they_are(private_home: Path, tmp_path: Path, monkeypatch):
+    assert home() == private_home
+    assert resolve_run("demo") == private_home / "runs" / "demo"
+    assert resolve_run("a/demo") == Path("a/demo").absolute()
+    assert resolve_run(tmp_path / "x") == tmp_path / "x"
+    assert resolve_run("~/x") == Path.home() / "x"
+    monkeypatch.chdir(tmp_path)
+    Run(tmp_path / "demo").create(tiny(), {})
+    assert resolve_run("demo") == tmp_path / "demo"
+
+
+def test_runs_are_listed_by_name(private_home: Path):
+    assert list_runs() == []
+    for name in ("b", "a"):
+        Run(name).create(tiny(), {})
+    (private_home / "runs" / "no-run").mkdir()
+    assert [r.name for r in list_runs()] == ["a", "b"]
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [(960_000, 1_040_000), (9_999_999, 10_000_000), (99_999_999, 100_000_000)])
+def test_the_newest_checkpoint_is_the_one_of_the_largest_number(run: Run, steps):
+    for step in reversed(steps):
+        folder = run.checkpoints_path / step_name(step)
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+    assert [step_of(p.name) for p in run.checkpoints()] == list(steps)
+
+
+def test_stray_and_unfinished_folders_are_no_checkpoints(run: Run):
+    for name in ("step-00000001", ".tmp-step-00000002", "step-3", "step-00000004.old", "best", "step-0000000x"):
+        (run.checkpoints_path / name).mkdir()
+        if name != "step-00000001":
+            (run.checkpoints_path / name / "manifest.json").write_text("{}")
+    (run.checkpoints_path / "step-00000005").write_text("a file")
+    assert run.checkpoints() == []
+
+
+@pytest.mark.parametrize("step", [0, 1, 99_999_999, 100_000_000, 1_234_567_890])
+def test_step_names_are_read_back_as_integers(step):
+    assert step_of(step_name(step)) == step
+
+
+def test_other_names_hold_no_step():
+    assert [step_of(n) for n in ("step-1", "step-", "xstep-00000001", "step-00000001 ", "step-000000x1")] == [None] * 5
+
+
+# ---- one trainer at a time ------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_with_the_holder_and_let_in_after_a_kill(run: Run):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        message = rf"one trainer at a time; found another \(pid {holder.pid} on .*\)\. Wait for it, stop it, or"
+        with pytest.raises(CheckpointError, match=message), run.lock():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with run.lock():
+        pass
+    with run.lock():  # freed at the end of the block
+        pass
+
+
+def test_the_lock_is_freed_by_an_error_inside(run: Run):
+    with pytest.raises(KeyError), run.lock():
+        raise KeyError
+    with run.lock():
+        pass
+
+
+# ---- status and journal ---------------------------------------------------------------------------------------------
+
+
+def test_status_of_a_living_process_is_what_it_wrote(run: Run):
+    run.write_status("running", 7, tokens=70)
+    status = run.status()
+    assert (status["state"], status["step"], status["tokens"], status["pid"]) == ("running", 7, 70, os.getpid())
+    assert abs(status["heartbeat"] - time.time()) < 60
+
+
+def write_status(run: Run, **changes: object) -> None:
+    record = {"state": "running", "step": 3, "pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time()}
+    run.status_path.write_text(json.dumps(record | changes))
+
+
+def test_a_run_whose_process_is_gone_or_silent_is_lost(run: Run):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale = time.time() - STALE_HEARTBEAT_S - 5
+    write_status(run, pid=gone.pid)
+    assert run.status()["state"] == "lost"
+    write_status(run, heartbeat=stale)
+    assert run.status()["state"] == "lost"
+    write_status(run, host="elsewhere", pid=gone.pid)
+    assert run.status()["state"] == "running"
+    write_status(run, host="elsewhere", heartbeat=stale)
+    assert run.status()["state"] == "lost"
+    write_status(run, state="done", pid=gone.pid, heartbeat=stale)
+    assert run.status()["state"] == "done"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": "running"}', '{"state": "running", "host": 3}'])
+def test_an_unreadable_status_is_none(run: Run, text):
+    run.status_path.write_text(text)
+    assert run.status() == {"state": "none", "step": 0}
+
+
+def test_the_journal_keeps_order_and_survives_a_torn_line(run: Run):
+    run.write_journal("started", step=0)
+    run.write_journal("committed", step=5)
+    with open(run.journal_path, "a") as file:
+        file.write('{"event": "comm')
+    assert [(e["event"], e["step"]) for e in run.journal()] == [("started", 0), ("committed", 5)]
+    run.repair_journal()
+    run.write_journal("resumed", step=5)
+    assert [e["event"] for e in run.journal()] == ["started", "committed", "resumed"]
+    times = [e["time"] for e in run.journal()]
+    assert times == sorted(times)
+
+
+def test_metrics_are_a_table_with_one_row_per_step(run: Run):
+    from tinylab.runs.metrics import MetricsLog
+
+    log = MetricsLog(run.metrics_path)
+    log.append({"step": 1, "loss": 2.0, "validation_loss": 3.0})
+    log.append({"step": 2, "loss": 1.5})
+    table = run.metrics()
+    assert table["step"].tolist() == [1, 2] and table["loss"].tolist() == [2.0, 1.5]
+    assert table["validation_loss"].isna().tolist() == [False, True]

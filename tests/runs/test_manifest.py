@@ -1,0 +1,149 @@
+"""A folder appears whole or not at all, and every difference from its manifest is reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinylab.errors import CheckpointError
+from tinylab.runs import manifest
+from tinylab.runs.manifest import commit_folder, read_manifest, temporary_folder, verify_folder
+
+COMMIT = """
+import sys
+from pathlib import Path
+from tinylab.runs.manifest import commit_folder, temporary_folder
+target = Path(sys.argv[1])
+temporary = temporary_folder(target)
+(temporary / "a.bin").write_bytes(b"12345")
+(temporary / "deep" / "er").mkdir(parents=True)
+(temporary / "deep" / "er" / "b.txt").write_text("text")
+commit_folder(temporary, target)
+"""
+# SHA-256 of "12345", computed with sha256sum
+DIGEST = "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    temporary = temporary_folder(tmp_path / "step-1")
+    (temporary / "a.bin").write_bytes(b"12345")
+    (temporary / "deep" / "er").mkdir(parents=True)
+    (temporary / "deep" / "er" / "b.txt").write_text("text")
+    commit_folder(temporary, tmp_path / "step-1")
+    return tmp_path / "step-1"
+
+
+def test_a_committed_folder_verifies_and_lists_every_file(committed: Path):
+    assert verify_folder(committed) == []
+    assert set(read_manifest(committed)) == {"a.bin", "deep/er/b.txt"}
+    assert read_manifest(committed)["a.bin"] == {"bytes": 5, "sha256": DIGEST}
+    assert [p.name for p in committed.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_altered_truncated_missing_and_extra_files_are_all_reported(committed: Path):
+    (committed / "a.bin").write_bytes(b"12346")
+    (committed / "deep" / "er" / "b.txt").write_text("tex")
+    (committed / "extra").write_text("x")
+    assert verify_folder(committed) == [
+        f"{committed / 'extra'}: on disk, not in the manifest",
+        f"{committed / 'a.bin'}: SHA-256 differs from the manifest",
+        f"{committed / 'deep/er/b.txt'}: 4 bytes expected, 3 found",
+    ]
+    (committed / "a.bin").unlink()
+    assert verify_folder(committed)[0] == f"{committed / 'a.bin'}: in the manifest, not on disk"
+
+
+def test_a_file_that_cannot_be_read_is_reported_with_the_others(committed: Path, monkeypatch):
+    def unreadable(path: Path) -> str:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(manifest, "sha256_file", unreadable)
+    assert [p.split(": ")[1] for p in verify_folder(committed)] == ["unreadable (Input/output error)"] * 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": "5", "sha256": "x"}}}']
+)
+def test_a_malformed_manifest_is_refused_by_name(committed: Path, text):
+    (committed / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"step-1/manifest\.json must"):
+        verify_folder(committed)
+
+
+def test_a_folder_without_manifest_was_never_committed(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"manifest\.json must exist in a committed folder.*the save never ended"):
+        verify_folder(tmp_path)
+
+
+def test_names_that_lead_out_of_the_folder_are_never_opened(committed: Path):
+    outside = committed.parent / "secret"
+    outside.write_text("12345")
+    content = {"files": {"../secret": {"bytes": 5, "sha256": DIGEST}}}
+    (committed / "manifest.json").write_text(json.dumps(content))
+    assert f"{committed / '../secret'}: in the manifest, not on disk" in verify_folder(committed)
+
+
+def test_a_commit_never_replaces_a_folder(committed: Path):
+    temporary = temporary_folder(committed)
+    (temporary / "a.bin").write_text("other")
+    with pytest.raises(CheckpointError, match="step-1 must not exist before it is committed; move it aside"):
+        commit_folder(temporary, committed)
+    assert verify_folder(committed) == []
+
+
+def test_a_temporary_folder_starts_empty_whatever_a_kill_left(tmp_path: Path):
+    left = temporary_folder(tmp_path / "step-1")
+    (left / "half").write_text("x")
+    assert list(temporary_folder(tmp_path / "step-1").iterdir()) == []
+
+
+def test_more_keys_stand_beside_the_files(tmp_path: Path):
+    temporary = temporary_folder(tmp_path / "data")
+    (temporary / "a").write_text("x")
+    commit_folder(temporary, tmp_path / "data", {"fingerprint": "f"})
+    content = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert (content["version"], content["fingerprint"], list(content["files"])) == (1, "f", ["a"])
+    assert verify_folder(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize(
+    ("point", "complete"),
+    [
+        ("commit.files_synced", False),
+        ("commit.manifest_written", False),
+        ("commit.renamed", True),
+        ("commit.parent_synced", True),
+    ],
+)
+def test_a_kill_at_any_point_of_a_commit_leaves_all_or_nothing(tmp_path: Path, point, complete):
+    target = tmp_path / "step-1"
+    environment = {**os.environ, "TINYLAB_FAILPOINT": point}
+    done = subprocess.run([sys.executable, "-c", COMMIT, str(target)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert target.exists() == complete
+    if not complete:
+        subprocess.run([sys.executable, "-c", COMMIT, str(target)], check=True)
+    assert verify_folder(target) == []
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["step-1"]
+
+
+def test_every_file_and_every_folder_reaches_the_device_before_the_rename(tmp_path: Path, monkeypatch):
+    events: list[str] = []
+    temporary = temporary_folder(tmp_path / "step-1")
+    (temporary / "deep" / "er").mkdir(parents=True)
+    (temporary / "deep" / "er" / "b.txt").write_text("text")
+    rename = os.rename
+    monkeypatch.setattr(manifest, "fsync_path", lambda path: events.append(path.relative_to(tmp_path).as_posix()))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    commit_folder(temporary, tmp_path / "step-1")
+    before = events[: events.index("rename")]
+    for path in (".tmp-step-1/deep/er/b.txt", ".tmp-step-1/deep/er", ".tmp-step-1/deep", ".tmp-step-1"):
+        assert path in before
+    assert events[-1] == "."
