@@ -21,8 +21,9 @@ body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:62rem;margin:2rem a
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:2.4rem;border-bottom:2px solid #0072B2;padding-bottom:.2rem}
 table{border-collapse:collapse;margin:.8rem 0;font-size:.88rem}caption{text-align:left;font-weight:600;padding:.3rem 0}
 th,td{border-bottom:1px solid #ddd;padding:.25rem .7rem;text-align:left;vertical-align:top}
-th{background:#f4f6f8}pre{background:#f7f7f7;padding:.8rem;overflow:auto;font-size:.82rem}
-.wide{overflow-x:auto}figure{margin:1.2rem 0}figcaption{color:#666;font-size:.85rem}.note{color:#666}nav a{margin-right:1rem}
+th{background:#f4f6f8}
+pre{background:#f7f7f7;padding:.8rem;overflow:auto;font-size:.82rem}
+figure{margin:1.2rem 0}figcaption{color:#666;font-size:.85rem}.note{color:#666}nav a{margin-right:1rem}
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

@@ -1,7 +1,7 @@
 """Notebooks without a browser: papermill with strict parameters, atomic output, signals and our exit codes.
 
-`run_notebook` executes one, `collect_parameters` reads values as the command line gives them, `continue_run` is notebook
-02, `write_result` is what a notebook's last cell calls. Nothing here imports papermill before a notebook is really run.
+`run_notebook` executes one, `collect_parameters` reads values as the command line gives them, `continue_run` is
+notebook 02, `write_result` is what a last cell calls. Nothing here imports papermill before a notebook is really run.
 """
 
 from __future__ import annotations

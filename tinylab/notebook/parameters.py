@@ -59,8 +59,8 @@ class Parameter:
             return None
         try:
             return _as_type(self.base, value, 0)
-        except ValueError as error:
-            raise ConfigError(f"parameter {self.name} must be {self._wanted()}; found {value!r}{error}") from None
+        except (ValueError, OverflowError):
+            raise ConfigError(f"parameter {self.name} must be {self._wanted()}; found {_short(value)}") from None
 
     def parse(self, text: str) -> Any:
         """The value written as `text` on a command line; counts may end in K, M, B or T, lists are JSON or a,b,c."""
@@ -68,7 +68,7 @@ class Parameter:
             return None
         try:
             return self.accept(_from_text(self.base, text))
-        except ValueError:
+        except (ValueError, OverflowError, ConfigError):
             raise ConfigError(f"parameter {self.name} must be {self._wanted()}; found {text!r}") from None
 
     def _wanted(self) -> str:
@@ -216,9 +216,9 @@ def _is_known_type(annotation: str) -> bool:
 
 
 def _as_type(kind: str, value: Any, depth: int) -> Any:
-    """`value` as `kind`, or ValueError with a tail for the message."""
+    """`value` as `kind`, or ValueError."""
     if depth > MAX_DEPTH:
-        raise ValueError(f" (nested deeper than {MAX_DEPTH} levels)")
+        raise ValueError
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "int" and number and math.isfinite(value) and value == int(value) and abs(value) < 2**63:
         return int(value)
@@ -226,7 +226,7 @@ def _as_type(kind: str, value: Any, depth: int) -> Any:
         try:
             return parse_count(value)
         except ConfigError:
-            raise ValueError("") from None
+            raise ValueError from None
     if kind == "float" and number and math.isfinite(value):
         return float(value)
     if kind in ("str", "bool") and isinstance(value, _SCALARS[kind]):
@@ -236,7 +236,7 @@ def _as_type(kind: str, value: Any, depth: int) -> Any:
     if kind.startswith("list") and isinstance(value, list | tuple):
         inner = kind[5:-1]
         return [_as_type(inner, v, depth + 1) if inner else _as_json(v, depth + 1) for v in value]
-    raise ValueError("")
+    raise ValueError
 
 
 def _as_json(value: Any, depth: int) -> Any:
@@ -262,3 +262,12 @@ def _from_text(kind: str, text: str) -> Any:
         return json.loads(word, parse_constant=lambda name: name)
     inner = kind[5:-1] or "str"
     return [_from_text(inner, item) for item in word.split(",")] if kind.startswith("list") and word else []
+
+
+def _short(value: Any) -> str:
+    """The value for a message; huge integers have no decimal text."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) < 100 else text[:99] + "…"

@@ -188,7 +188,7 @@ def _generations(
     for prompt in prompts:
         row = {"prompt": prompt}
         for name, loaded in (("A", first), ("B", second)):
-            text = generate(
+            row[f"{name}: {loaded.reference.label}"] = generate(
                 loaded.model,
                 loaded.tokenizer,
                 prompt,
@@ -196,7 +196,6 @@ def _generations(
                 temperature=temperature,
                 seed=seed,
             )
-            row[f"{name}: {loaded.reference.label}"] = text.removeprefix(prompt)
         rows.append(row)
     return pandas.DataFrame(rows, columns=list(rows[0]) if rows else ["prompt", "A", "B"])
 
