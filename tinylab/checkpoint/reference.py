@@ -24,7 +24,6 @@ FORMS = (
     "tinyllama-1.1b@1T, a Hub id with optional @revision, a lit-gpt .pth or a llama2.c .bin"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def resolve_reference(ref: str | Path | Reference) -> Reference:
     path = Path(text).expanduser()
     if path.is_file():
         return _foreign_file(path.absolute())
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / "lit_model.pth").is_file():
         return _folder(path.absolute())
     name, at, place = text.rpartition("@")
     run = Run(name if at else text)
@@ -137,7 +136,8 @@ def _folder(path: Path) -> Reference:
     run = Run(path.parent.parent)
     if step_of(path.name) is not None and path.parent.name == "checkpoints" and run.exists():
         return _verified(_checkpoint(run, run.config, path))
-    return Reference(kind="folder", path=path, label=path.name)
+    kind = "litgpt" if (path / "lit_model.pth").is_file() else "folder"
+    return Reference(kind=kind, path=path, label=path.name)
 
 
 def _foreign_file(path: Path) -> Reference:
@@ -149,43 +149,34 @@ def _foreign_file(path: Path) -> Reference:
 
 def _elsewhere(text: str) -> Reference:
     """A registry name or a Hub id; anything else was meant as a local name."""
+    from tinylab.checkpoint import hub, registry
+
+    milestone = registry.find(text)
+    if milestone is not None and milestone.repository is not None:
+        return Reference(
+            kind="registry",
+            path=hub.fetch(milestone.repository, milestone.revision),
+            label=milestone.name,
+            step=milestone.step,
+            tokens=milestone.tokens,
+            stage=milestone.stage,
+            notes=(milestone.note,) if milestone.note else (),
+        )
     name, _, revision = text.partition("@")
-    looks_local = text.startswith(("/", ".", "~")) or (Path(name).parent.is_dir() and Path(name).parent != Path("."))
-    if looks_local or not _HUB_ID.fullmatch(name):
+    inside_a_folder = Path(name).parent != Path(".") and Path(name).parent.is_dir()
+    if text.startswith(("/", ".", "~")) or inside_a_folder or not _HUB_ID.fullmatch(name):
         raise NothingFoundError(f"nothing is called {text}; REF is {FORMS}")
-    return Reference(
-        kind="hub", path=download(name, revision or None), label=text, notes=(f"{text} from the Hugging Face Hub",)
-    )
-
-
-def download(repository: str, revision: str | None = None) -> Path:
-    """The local folder of a Hub model: weights, configuration and tokenizer only, from the cache or the network.
-
-    Raises NothingFoundError when it cannot be had, with the Hub's reason.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NothingFoundError(
-            f"{repository} is no folder and no run here, and the Hugging Face Hub does not give it: {reason} "
-            f"Without a network, name a local model; REF is {FORMS}"
-        ) from error
-    return Path(folder)
+    return Reference(kind="hub", path=hub.fetch(name, revision or None), label=text)
 
 
 def load_model(
     ref: str | Path | Reference, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Llama:
     """The model that REF names, in eval mode: a call on ids (B, T) gives logits (B, T, V). dtype absent: as stored."""
-    from tinylab.checkpoint import huggingface, litgpt, llama2c
+    from tinylab.checkpoint.formats import open_weights
+    from tinylab.checkpoint.lazy import load_weights
 
-    reference = resolve_reference(ref)
-    load = {"litgpt": litgpt.load, "llama2c": llama2c.load}.get(reference.kind, huggingface.load_folder)
-    return load(reference.path, device=device, dtype=dtype)
+    return load_weights(open_weights(resolve_reference(ref).path), device, dtype)
 
 
 def load_tokenizer(ref: str | Path | Reference) -> Tokenizer:

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from tinylab.data.tokenizer import Tokenizer
 from tinylab.errors import EvaluationError
-from tinylab.model.loss import CHUNK_ELEMENTS
 from tinylab.model.transformer import Llama
 
+LOGITS_AT_ONCE = 2**21
+"""Elements of a block of logits: 8 MiB in fp32."""
 Encoded = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation) as text, ids of the context, ids of the continuation."""
 
@@ -63,6 +64,7 @@ class TinylabLM(TemplateLM):
         self.max_length = model.config.seq_len
         self._device = next(model.parameters()).device
         self.truncated: set[tuple[str, str]] = set()
+        self._encoded: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -76,14 +78,23 @@ class TinylabLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text; BOS before them if this model adds it and `add_special_tokens` is not False."""
-        ids = self.text.encode(string)
+        ids = self._encoded.get(string) or self.text.encode(string)
         if self.add_bos and add_special_tokens is not False and self.text.bos_id is not None:
             return [self.text.bos_id, *ids]
         return ids
 
-    def _loglikelihood_tokens(
-        self, requests: list[Encoded], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's, which encodes strings one by one: here all of them are encoded at once before."""
+        texts = {text for context, choice in (r.args for r in requests) for text in _spellings(context, choice)}
+        ordered = sorted(texts)
+        batch = self.text.encode_batch(ordered)
+        self._encoded = {text: ids.tolist() for text, ids in zip(ordered, batch, strict=True)}
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._encoded = {}
+
+    def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding would say just that) of each continuation."""
         rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for i, (texts, context, continuation) in enumerate(requests):
@@ -101,8 +112,9 @@ class TinylabLM(TemplateLM):
             rows.setdefault((tuple(whole), len(continuation)), []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         batches = list(_batches(sorted(rows, key=lambda r: (-len(r[0]), r[0])), self.max_tokens))
-        quiet = disable_tqdm or not self.progress
-        for batch in tqdm(batches, desc="scoring", unit="batch", disable=quiet, file=sys.stderr, leave=False):
+        for batch in tqdm(
+            batches, desc="scoring", unit="batch", disable=not self.progress, file=sys.stderr, leave=False
+        ):
             for row, answer in zip(batch, self._score(batch), strict=True):
                 for i in rows[row]:
                     answers[i] = answer
@@ -129,7 +141,7 @@ class TinylabLM(TemplateLM):
 
     def _targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each target in nats, fp64 on the CPU, and whether it is the most likely id."""
-        size = max(1, CHUNK_ELEMENTS // self.model.config.vocab_size)
+        size = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         logs, hits = [], []
         for h, t in zip(hidden.split(size), targets.split(size), strict=True):
             logits = self.model.head(h).float()
@@ -148,7 +160,7 @@ class TinylabLM(TemplateLM):
                 context_len=1,
             )
             encoded = [(("", ""), *make_disjoint_window(window)) for window in windows]
-            answers = self._loglikelihood_tokens(encoded, disable_tqdm=True)
+            answers = self._loglikelihood_tokens(encoded)
             results.append(sum(likelihood for likelihood, _ in answers))
         return results
 
@@ -174,6 +186,11 @@ class TinylabLM(TemplateLM):
             stops = [u for u in ([until] if isinstance(until, str) else until) if u]
             results.append(text[: min((text.find(u) for u in stops if u in text), default=len(text))])
         return results
+
+
+def _spellings(context: str, choice: str) -> tuple[str, ...]:
+    """The strings that lm-eval encodes for a request (TemplateLM._encode_pair): spaces go to the choice."""
+    return (context + choice, context.rstrip()) if context else (choice,)
 
 
 def _batches(

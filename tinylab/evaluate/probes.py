@@ -1,7 +1,8 @@
 """Offline multiple choice from held-out documents: what a model of any size can be scored on without a download.
 
 `continuation`: which of four passages goes on with this text? `docstring`: which of four docstrings belongs here?
-Items depend on the data's fingerprint and the seed alone. The wrong answers are right answers of other documents.
+Items depend on the data's fingerprint and the seed alone. The wrong answers are right answers of other
+items, from other documents where these give three.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ CONTEXT_TOKENS = 112
 CHOICE_TOKENS = 56
 """Both together stay far below the 256 tokens of the smallest preset, with room for another tokenizer's spelling."""
 MIN_CONTEXT_TOKENS, MIN_CHOICE_TOKENS = 32, 40
-MIN_DOCSTRING_TOKENS = 8
+MIN_DOCSTRING_TOKENS = 6
 WINDOWS_PER_DOCUMENT = 12
 NEAR_IN_LENGTH = 12
 """A wrong docstring is drawn among this many nearest in length."""
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -46,7 +48,7 @@ class Passage:
     answer: str
     origin: str
     document: str
-    """Key of the document; wrong answers come from other documents."""
+    """Key of the document; wrong answers come from other documents if possible."""
     answer_tokens: int
 
 
@@ -130,10 +132,10 @@ def _advance(costs: list[int], start: int, budget: int) -> int:
 
 def _is_code(text: str, origin: str) -> bool:
     """Whether a document is Python: by its name, or because it parses and defines something."""
-    return origin.endswith(".py") or bool(_functions(text))
+    return origin.endswith(".py") or bool(_definitions(text))
 
 
-def _functions(text: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+def _definitions(text: str) -> list[Definition]:
     """Definitions in a Python text; none when it does not parse."""
     import warnings
 
@@ -143,15 +145,13 @@ def _functions(text: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.C
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    return [n for n in ast.walk(tree) if isinstance(n, Definition)]
 
 
 def _docstrings(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:
-    """Functions without their docstring, and its first paragraph of 8 to 56 tokens."""
+    """Functions and classes without their docstring, and its first paragraph of 6 to 56 tokens."""
     for text, origin in texts:
-        for node in _functions(text):
-            if isinstance(node, ast.ClassDef):
-                continue
+        for node in _definitions(text):
             answer = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
             cost = len(tokenizer.encode(answer))
             if not MIN_DOCSTRING_TOKENS <= cost <= CHOICE_TOKENS:
@@ -169,8 +169,8 @@ def _docstrings(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Itera
             yield Passage(context, answer, f"{origin}:{node.lineno} {node.name}", origin, cost)
 
 
-def _without_docstring(text: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    """Source lines of a function, dedented, its docstring and blank lines left out."""
+def _without_docstring(text: str, node: Definition) -> list[str]:
+    """Source lines of a definition, dedented, its docstring and blank lines left out."""
     lines = text.splitlines()
     first, doc = node.lineno - 1, node.body[0]
     kept = lines[first : doc.lineno - 1] + lines[doc.end_lineno or doc.lineno : node.end_lineno]
@@ -206,6 +206,8 @@ def _items(task: str, passages: list[Passage], rng: random.Random) -> list[dict[
     items = []
     for passage, gold in zip(passages, places, strict=True):
         others = [p for p in passages if p.document != passage.document]
+        if len(others) < N_CHOICES - 1:
+            others = [p for p in passages if p is not passage]
         others.sort(key=lambda p: (abs(p.answer_tokens - passage.answer_tokens), p.origin, p.answer))
         if len(others) < N_CHOICES - 1:
             return []

@@ -103,11 +103,9 @@ class Scoring:
     @cached_property
     def weights(self) -> str:
         """Weight hash of the model; for a committed checkpoint computed once and kept beside the results."""
-        from tinylab.checkpoint.weights import model_hash, weight_hash
+        from tinylab.checkpoint.weights import weight_hash
 
         folder = self.reference.path
-        if not folder.is_dir():
-            return model_hash(load_model(self.reference))
         if not (folder / MANIFEST).is_file():
             return weight_hash(folder)
         manifest, cache = sha256_file(folder / MANIFEST), self.store.path / "weights.jsonl"
