@@ -155,6 +155,10 @@ def _check_tie(read: Callable[[str], Tensor], folder: Path) -> None:
 
 def _check_names(found: Mapping[str, tuple[int, ...]], config: Model, where: str) -> None:
     """Raise CheckpointError unless exactly the tensors of a model of this configuration are there."""
+    if config.n_layer > len(found):  # before the names of a billion layers are made
+        raise CheckpointError(
+            f"{where} must hold the {config.n_layer} layers of its configuration; found {len(found)} tensors"
+        )
     wanted = {part: shape for parts in name_map(config).values() for part, shape in parts}
     spare = {"lm_head.weight"} if config.tie_embeddings else set()
     missing = [name for name in wanted if name not in found]

@@ -15,8 +15,8 @@ from tinylab.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 16 * 2**20
 """TinyLlama's own checkpoint with its optimizer needs about 100 KB."""
-MAX_OPCODES = 1_000_000
-"""About 25,000 for the same file; a million take about two seconds."""
+MAX_OPCODES = 300_000
+"""About 25,000 for the same file; 40 a tensor."""
 
 STORAGES = {
     "DoubleStorage": "float64",
