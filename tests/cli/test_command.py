@@ -289,3 +289,14 @@ def test_standard_output_is_restored_after_json(
     assert main(["runs", "--json"]) == 0
     assert sys.stdout is stream
     assert json.loads(stream.getvalue()) == [1]
+
+
+def test_the_plan_of_tinyllama_is_ninety_days(capsys: pytest.CaptureFixture[str]):
+    arguments = ["plan", "--preset", "tinyllama-1.1b", "--gpu", "a100-40g", "--gpus", "16", "--tokens", "3T"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == 1_100_048_384
+    assert found["tokens_per_s_per_gpu"] == pytest.approx(24_000)
+    assert round(found["days"]) == 90
+    assert main([*arguments, "--micro-batch", "4"]) == 0
+    assert "90.4 days" in capsys.readouterr().out

@@ -81,6 +81,8 @@ def _dispatch(arguments: list[str], as_json: bool) -> Answer:
     if verb not in VERBS:
         print(f"tinylab: {_unknown_verb(verb)}", file=sys.stderr)
         return Answer(None, "", EXIT_USAGE)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars, those of libraries too, are for terminals
     import tyro
 
     parse = _bound(_verb_function(verb))

@@ -98,21 +98,35 @@ def plan_verb(
 
 
 def bench_verb(
-    what: Annotated[str, arg(metavar="WHAT")],
+    what: Annotated[Literal["train", "parity"], arg(metavar="{train,parity}")],
     /,
+    preset: str = "tiny",
     against: str = "transformers",
-    device: str = "cpu",
-    repeats: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    windows: int = 5,
 ) -> Answer:
-    """Measure side by side with a named peer, interleaved.
+    """Measure side by side with a named peer, interleaved in one process.
 
     Args:
-        what: train.
+        what: train: tokens/s of whole optimizer steps. parity: how far logits and generated tokens lie apart.
+        preset: train: the configuration that both sides take.
         against: the peer: transformers.
-        device: cpu or cuda.
-        repeats: measured rounds; default: the benchmark's own.
+        device: train: where.
+        windows: train: measured stretches of each contender, taken in turn.
     """
-    from tinylab.bench import bench
+    if what == "parity":
+        from tinylab.bench.parity import bench_parity
 
-    result = bench(what, against=against, device=device, repeats=repeats)
-    return Answer(result.document(), result.text())
+        found = bench_parity()
+        return Answer(found, f"against {found['peer']}\n\n{table(found['rows'])}", 0 if found["holds"] else EXIT_FAILED)
+    from tinylab.bench.train import bench_train
+
+    found = bench_train(preset, against, windows, device=device)
+    rows = [
+        {"contender": name, "precision": row["precision"], "tokens/s": row["median"], "best": row["best"]}
+        for name, row in found["tokens_per_s"].items()
+    ]
+    shape = f"{found['parameters']:,} parameters, {found['seq_len']} tokens x {found['micro_batch']} sequences per pass"
+    place = f"{found['device']}, {found['threads']} threads, load {found['load_average']:.1f}, torch {found['torch']}"
+    ratios = "\n".join(f"{name}: {value:.3f}" for name, value in found.items() if name.startswith("ratio"))
+    return Answer(found, f"against {found['against']}\n{shape}\n{place}\n\n{table(rows)}\n\n{ratios}")
