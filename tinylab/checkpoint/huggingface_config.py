@@ -40,18 +40,8 @@ _HARMLESS = {
 """Keys that do not change what the model computes (dropout is off outside training elsewhere)."""
 
 
-def write_config(
-    config: Model,
-    folder: str | Path,
-    *,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
-    dtype: str = "float32",
-) -> None:
-    """Write config.json and generation_config.json, such that transformers builds the same model.
-
-    Raises CheckpointError when the folder cannot be written.
-    """
+def config_values(config: Model) -> dict[str, Any]:
+    """What config.json says of the model itself, under transformers' names."""
     scaling = config.rope_scaling
     rope: dict[str, Any] | None = None
     if scaling is not None:
@@ -62,8 +52,7 @@ def write_config(
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_seq_len,
         }
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-    values = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -82,10 +71,24 @@ def write_config(
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
-        "torch_dtype": dtype,
         "use_cache": True,
-        **ids,
     }
+
+
+def write_config(
+    config: Model,
+    folder: str | Path,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Write config.json and generation_config.json, such that transformers builds the same model.
+
+    Raises CheckpointError when the folder cannot be written.
+    """
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    values = config_values(config) | {"torch_dtype": dtype, **ids}
     try:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
