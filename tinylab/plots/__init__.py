@@ -9,6 +9,7 @@ from __future__ import annotations
 from tinylab.plots.comparison import flips, position_loss, score_differences, token_delta
 from tinylab.plots.corpus import document_lengths, mixture_of, token_frequencies
 from tinylab.plots.escape import escape, table_html
+from tinylab.plots.model import series_audit, shares
 from tinylab.plots.scores import score_trajectories
 from tinylab.plots.spans import token_loss_html
 from tinylab.plots.style import LabFigure, format_count
@@ -27,6 +28,8 @@ __all__ = [
     "position_loss",
     "score_differences",
     "score_trajectories",
+    "series_audit",
+    "shares",
     "table_html",
     "throughput",
     "token_delta",

@@ -13,6 +13,7 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
+_TEXT_CELL = "text-align:left;max-width:46em;overflow-wrap:break-word;white-space:pre-wrap"
 _MARKUP = {c: f"&#{ord(c)};" for c in "&<>\"'`$%\\*_~[]{}|"}
 """HTML's own characters, and those that Markdown and MathJax act on ($, %, backslash, brackets …)."""
 
@@ -44,7 +45,7 @@ def _cell(value: Any, digits: int) -> str:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         words = {True: "yes", False: "no", None: ""}
         text = words[value] if value is None or isinstance(value, bool) else value
-        return f'<td style="text-align:left;max-width:46em;overflow-wrap:break-word">{escape(text)}</td>'
+        return f'<td style="{_TEXT_CELL}">{escape(text)}</td>'
     number = float(value)
     if number != number:
         text = "n/a"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +90,8 @@ class CompareCheckpoints:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         twin = self.static()
-        return bundle(self.form, twin.html, repr(twin))
+        live = None if os.environ.get("TINYLAB_EXECUTOR") else self.form
+        return bundle(live, twin.html, repr(twin))
 
     def _start(self, _: Any = None) -> None:
         """Answer the button at once; the work is a thread's, because models load slowly."""

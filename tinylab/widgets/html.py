@@ -51,6 +51,12 @@ def error_html(error: BaseException, doing: str) -> str:
 
 
 def bundle(widget: Any, html: str, text: str) -> dict[str, Any]:
-    """A MIME bundle with the live view and its fallback, for frontends with and without widgets."""
+    """A MIME bundle with the live view and its fallback.
+
+    `widget` None (papermill: nobody can click) leaves the view out: an exported page would wait for it in vain.
+    """
+    fallback = {"text/html": html, "text/plain": text}
+    if widget is None:
+        return fallback
     live = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
-    return {"application/vnd.jupyter.widget-view+json": live, "text/html": html, "text/plain": text}
+    return {"application/vnd.jupyter.widget-view+json": live, **fallback}

@@ -197,7 +197,8 @@ def _generations(
                 seed=seed,
             )
         rows.append(row)
-    return pandas.DataFrame(rows, columns=list(rows[0]) if rows else ["prompt", "A", "B"])
+    frame = pandas.DataFrame(rows, columns=list(rows[0]) if rows else ["prompt", "A", "B"])
+    return frame.replace("", "(nothing: the document ends here)")
 
 
 def _scores(a: Reference, b: Reference, store: str | None, notes: list[str]) -> Comparison | None:
@@ -239,5 +240,6 @@ def _identity(first: Loaded, second: Loaded, comparison: Comparison | None) -> A
         "weights (SHA-256)": weights,
     }
     columns: dict[str, list[Any]] = {"": list(rows)}
-    columns |= {name: [values[i] for values in rows.values()] for i, name in enumerate(("A", "B"))}
+    for i, name in enumerate(("A", "B")):
+        columns[name] = ["n/a" if values[i] is None else str(values[i]) for values in rows.values()]
     return pandas.DataFrame(columns, dtype=object)

@@ -1,0 +1,122 @@
+"""The comparison form: the numbers of its function, choices by step, errors in the view, a twin without frontend."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tinylab.analysis.tokens import compare_tokens, text_losses, token_texts
+from tinylab.checkpoint.reference import load_model, load_tokenizer
+from tinylab.errors import EvaluationError
+from tinylab.runs.folder import Run
+from tinylab.widgets import compare_view
+from tinylab.widgets.view import load, scored_pair
+
+TEXT = "Return a new list <b>containing</b> all items from the iterable, in $ascending$ order: über 你好."
+
+
+@pytest.fixture
+def form(lab: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tinylab.widgets import CompareCheckpoints
+
+        steps = [int(p.name[5:]) for p in Run("tiny").checkpoints()]
+        yield CompareCheckpoints(f"tiny@{steps[2]}", "tiny", text=TEXT, prompts=["import os\n\ndef", "The"])
+
+
+def test_token_losses_equal_those_of_transformers_one_pass(lab: Path):
+    transformers = pytest.importorskip("transformers")
+    folder = str(Run("tiny").checkpoints()[-1])
+    tokenizer = load_tokenizer(folder)
+    ids, losses = text_losses(load_model(folder, dtype=torch.float32), tokenizer, TEXT[:40])
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stream = torch.tensor([[tokenizer.eos_id, *ids]])
+    with torch.no_grad():
+        logs = peer(stream).logits.log_softmax(-1)
+    expected = -logs[0, :-1].gather(1, stream[0, 1:, None])[:, 0]
+    np.testing.assert_allclose(losses, expected, atol=1e-4)  # fp32, another order of sums
+
+
+def test_a_text_longer_than_the_context_gives_each_token_one_loss(lab: Path):
+    folder = str(Run("tiny").checkpoints()[-1])
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    short, long = TEXT, TEXT * 6
+    ids, losses = text_losses(model, tokenizer, long)
+    assert len(ids) == len(losses) > model.config.seq_len
+    context = model.config.seq_len
+    np.testing.assert_allclose(losses[:10], text_losses(model, tokenizer, short)[1][:10], atol=1e-4)
+    at = context + 3  # inside the second window, which begins half a context before the first new token
+    start = context - context // 2
+    window = torch.tensor([[tokenizer.eos_id, *ids][start : at + 2]])
+    with torch.no_grad():
+        expected = -model(window[:, :-1]).log_softmax(-1)[0, -1, window[0, -1]]
+    assert losses[at] == pytest.approx(float(expected), abs=1e-4)
+    with pytest.raises(EvaluationError, match="2 to 8192 tokens; found 0"):
+        text_losses(model, tokenizer, "")
+
+
+def test_token_texts_join_to_the_text(lab: Path):
+    tokenizer = load_tokenizer("tiny")
+    ids = tokenizer.encode(TEXT)
+    assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_the_view_holds_the_numbers_of_the_functions_beneath(lab: Path):
+    a, b = scored_pair(Run("tiny"))
+    view = compare_view(a, b, text=TEXT, prompts=["The"], max_new_tokens=5)
+    table = compare_tokens(load(a).model, load(b).model, load(a).tokenizer, TEXT)
+    assert view.summary()["loss_b"] == pytest.approx(table["loss_b"].mean())
+    assert set(view.scores["task"]) and view.scores["n"].iloc[0] == 20
+    assert len(view.flips) == int((view.scores["only_a"] + view.scores["only_b"]).sum())
+    assert view.html.count("data:image/png;base64,") == 4 and "<b>containing" not in view.html
+
+
+def test_the_same_weights_are_called_the_same(lab: Path):
+    last = str(Run("tiny").checkpoints()[-1])
+    view = compare_view(last, "tiny", text=TEXT)
+    assert "same weights" in view.notes[0] and view.tokens["delta"].abs().max() == 0
+
+
+def test_the_form_offers_every_checkpoint_and_shows_what_the_function_gives(form):
+    assert len(form.a.options) == len(Run("tiny").checkpoints())
+    form.button.click()
+    assert form.state.value.startswith(("loading", "comparing", "done"))
+    form.wait(120)
+    assert form.state.value == "done: tiny@24 against tiny@4"
+    a, b, settings = form._question()
+    assert settings["prompts"] == ["import os\n\ndef", "The"]
+    assert form.result.value == compare_view(a, b, **settings).html == form.static().html
+
+
+def test_the_bundle_carries_the_live_view_and_the_fallback(form, monkeypatch: pytest.MonkeyPatch):
+    bundle = form._repr_mimebundle_()
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == form.form.model_id
+    assert bundle["text/html"] == form.static().html and "<img" in bundle["text/html"]
+    monkeypatch.setenv("TINYLAB_EXECUTOR", "papermill")
+    assert set(form._repr_mimebundle_()) == {"text/html", "text/plain"}
+
+
+def test_an_error_is_shown_in_the_view_and_the_next_question_works(form):
+    form.text.value = ""
+    form.b.options = [*form.b.options, ("gone", "no<where>")]
+    form.b.value = "no<where>"
+    form.button.click()
+    form.wait(120)
+    assert form.state.value == "failed: see below" and not form.button.disabled
+    assert "The comparison failed" in form.result.value and "<where>" not in form.result.value
+    form.b.value = "tiny"
+    form.button.click()
+    form.wait(120)
+    assert form.state.value.startswith("done") and "2 to 8192 tokens" in form.result.value
+
+
+def test_controls_are_labelled_and_sliders_wait_for_release(form):
+    controls = [form.a, form.b, form.text, form.prompts, form.length, form.temperature, form.seed]
+    assert all(control.description for control in controls)
+    assert "tokens" in form.length.description
+    assert not form.length.continuous_update and not form.text.continuous_update
