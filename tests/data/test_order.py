@@ -227,7 +227,7 @@ def test_every_window_comes_once_per_epoch_and_epochs_in_order(run):
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
-@given(weights=mixtures, batch=st.sampled_from([1, 7, 64, 250]))
+@given(weights=mixtures, batch=st.sampled_from([7, 64, 250]))
 def test_every_prefix_is_within_a_sample_and_a_half_and_every_batch_within_three(weights, batch):
     names = "abcdefgh"[: len(weights)]
     config = toy([stage(1000, batch, dict(zip(names, map(float, weights), strict=True)))], len(weights))
