@@ -160,15 +160,18 @@ def _read_documents(path: Path) -> list[dict[str, Any]]:
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """lm-eval's own log lines and progress off inside (ours say what matters), and back as they were after."""
+    import lm_eval.api.task as building
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger, bars = logging.getLogger("lm_eval"), not are_progress_bars_disabled()
-    before = logger.level
+    before, bar = logger.level, building.tqdm
     logger.setLevel(logging.ERROR)
     disable_progress_bars()
+    setattr(building, "tqdm", lambda documents, **_: documents)  # noqa: B010 - it has no switch of its own
     try:
         yield
     finally:
         logger.setLevel(before)
+        setattr(building, "tqdm", bar)  # noqa: B010
         if bars:
             enable_progress_bars()
