@@ -6,6 +6,7 @@ error, seconds.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -54,6 +55,7 @@ def run_child(request: dict, stderr: int) -> int:
     """Train as asked; the exit code."""
     os.setsid()
     os.dup2(stderr, 2)
+    faulthandler.dump_traceback_later(60.0, exit=True)  # a hang shows where
     os.environ.update(request["env"])
     if request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)

@@ -25,7 +25,7 @@ def test_two_ranks_consume_the_samples_of_one_and_lose_alike(
         assert ours["data_hash"] == theirs["data_hash"]
         for key in ("loss", "validation_loss", "bits_per_byte"):
             # The same sums in another order, in fp32 (reliability goal: 1e-5).
-            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-5)
+            assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-5)
     assert ended.stderr.count("step 24/24") == 1, "one rank reports"
 
 

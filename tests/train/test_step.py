@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylab.config.schema import Model, Optimizer
+from tinylab.config.schema import Model, Optimizer, Parallel
 from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
 from tinylab.errors import TinylabError
@@ -25,7 +25,7 @@ CONTEXT = Context(device=torch.device("cpu"))
 def new_state(lr: float = 1e-2) -> TrainState:
     model = Llama(MODEL)
     model.init_weights(3)
-    return TrainState(model=model, wrapped=model, optimizer=build_adamw(model, Optimizer(lr=lr)))
+    return TrainState(model=model, parallel=Parallel(), optimizer=build_adamw(model, Optimizer(lr=lr)))
 
 
 def some_batch(masked: bool) -> MicroBatch:

@@ -3,7 +3,7 @@
 | strategy | weights and moments            | gradients                         | saved                        |
 |----------|--------------------------------|-----------------------------------|------------------------------|
 | `none`   | whole, in one process          | whole                             | as they are                  |
-| `ddp`    | a copy on every rank           | averaged during the backward pass | rank 0's copy                |
+| `ddp`    | a copy on every rank           | averaged after the backward pass  | rank 0's copy                |
 | `fsdp`   | a slice of each matrix (FSDP2) | averaged and scattered            | gathered, tensor by tensor   |
 """
 
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
 
 from tinylab.config.schema import Parallel
@@ -51,28 +50,31 @@ def reshard(model: nn.Module) -> None:
         give_back()
 
 
-def wrap_model(model: nn.Module, parallel: Parallel, context: Context) -> nn.Module:
-    """What a training step calls: `model`, compiled if asked, its gradients averaged over the ranks."""
-    wrapped = model
-    if strategy_of(parallel, context) == "ddp":
-        on_device = [context.device] if context.device.type == "cuda" else None
-        # The weights were compared before; gradient buckets as views spare a copy of every gradient.
-        wrapped = nn.parallel.DistributedDataParallel(
-            model, device_ids=on_device, init_sync=False, gradient_as_bucket_view=True
-        )
+def compile_model(model: nn.Module, parallel: Parallel) -> None:
+    """Compile the model's forward pass in place if `parallel.compile` asks for it: names of parameters stay."""
     if parallel.compile:
-        wrapped.compile()
-    return wrapped
+        model.compile()
 
 
-def without_sync(wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """For one backward pass: gradients are exchanged only with the last micro-batch of a step."""
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        return nullcontext() if last else wrapped.no_sync()
-    set_sync = getattr(wrapped, "set_requires_gradient_sync", None)
+def exchange_with_last(model: nn.Module, last: bool) -> None:
+    """Under `fsdp`, exchange gradients in the backward pass of a step's last micro-batch only."""
+    set_sync = getattr(model, "set_requires_gradient_sync", None)
     if set_sync is not None:
         set_sync(last)
-    return nullcontext()
+
+
+def average_gradients(gradients: list[Tensor], parallel: Parallel, context: Context) -> None:
+    """Under `ddp`, replace each gradient by its mean over the ranks, in place; under `fsdp` they are that already.
+
+    One sum per gradient, all in flight at once, in the model's order on every rank: no buckets, no copies.
+    """
+    if strategy_of(parallel, context) != "ddp":
+        return
+    sums = [distributed.all_reduce(g, async_op=True) for g in gradients]
+    for gradient, work in zip(gradients, sums, strict=True):
+        assert work is not None
+        work.wait()
+        gradient.div_(context.world)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -103,5 +105,5 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from tinylab.data.loader import StepBatch
 from tinylab.data.order import format_hash
 from tinylab.dist.context import Context
 from tinylab.model.accounting import flops_per_token
+from tinylab.model.devices import bf16_peak_flops
 from tinylab.train.state import TrainState
 from tinylab.train.step import StepResult
 
@@ -63,7 +64,7 @@ class Meter:
 
 def device_peak(device: torch.device) -> float | None:
     """Dense bf16 peak of the device in FLOP/s; None where it is unknown, as on every CPU."""
-    return None
+    return bf16_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tinylab.checkpoint.huggingface import load_folder
 from tinylab.checkpoint.store import Snapshot, load_trainer
-from tinylab.config.schema import RunConfig
+from tinylab.config.schema import Parallel, RunConfig
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import digest_tensors, like, shard_model, whole_tensors, wrap_model
+from tinylab.dist.parallel import compile_model, digest_tensors, like, shard_model, whole_tensors
 from tinylab.errors import CheckpointError
 from tinylab.model.transformer import Llama
 from tinylab.optim.adamw import build_adamw
@@ -29,8 +29,8 @@ class TrainState:
 
     model: Llama
     """The model itself, its parameters under their own names."""
-    wrapped: torch.nn.Module
-    """The same model as a training step calls it: replicated, sharded or compiled."""
+    parallel: Parallel
+    """How its work is laid out over the ranks."""
     optimizer: torch.optim.Optimizer
     step: int = 0
     """Optimizer steps done."""
@@ -57,10 +57,11 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
     if context.world > 1:
         context.require_equal(digest_tensors(dict(model.named_parameters())), "the weights")
     shard_model(model, config.parallel, context)
+    compile_model(model, config.parallel)
     optimizer = build_adamw(model, config.optimizer)
     state = TrainState(
         model=model,
-        wrapped=wrap_model(model, config.parallel, context),
+        parallel=config.parallel,
         optimizer=optimizer,
         step=record.get("step", 0),
         hours=record.get("hours", 0.0),

@@ -10,7 +10,7 @@ import torch
 
 from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import whole_tensor, without_sync
+from tinylab.dist.parallel import average_gradients, exchange_with_last, whole_tensor
 from tinylab.errors import TinylabError
 from tinylab.model.loss import IGNORED, loss_sum
 from tinylab.model.precision import Precision, autocast
@@ -76,12 +76,13 @@ def train_step(
     scale = context.world / targets
     nats = torch.zeros((), dtype=torch.float64, device=context.device)
     for i, batch in enumerate(micro_batches, start=1):
-        with without_sync(state.wrapped, last=i == len(micro_batches)):
-            with autocast(context.device, precision):
-                loss = loss_sum(state.wrapped, to_device(batch, context.device))
-            (loss * scale).backward()
+        exchange_with_last(state.model, i == len(micro_batches))
+        with autocast(context.device, precision):
+            loss = loss_sum(state.model, to_device(batch, context.device))
+        (loss * scale).backward()
         nats += loss.detach()
     gradients = [p.grad for p in parameters if p.grad is not None]
+    average_gradients(gradients, state.parallel, context)
     norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
     loss_mean, grad_norm = torch.stack([context.sum_tensor(nats) / targets, norm.double()]).tolist()
     if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
