@@ -28,11 +28,22 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 
 class Batch(Protocol):
-    """What a micro-batch has: inputs and targets (B, T) int64, document_ids (B, T) or None."""
+    """What a micro-batch has; it need not be writable."""
 
-    inputs: Tensor
-    targets: Tensor
-    document_ids: Tensor | None
+    @property
+    def inputs(self) -> Tensor:
+        """(B, T) int64."""
+        raise AssertionError
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T) int64; IGNORED where there is no loss."""
+        raise AssertionError
+
+    @property
+    def document_ids(self) -> Tensor | None:
+        """(B, T), number of the token's document within its row; None where rows are one text."""
+        raise AssertionError
 
 
 def loss_sum(model: torch.nn.Module, batch: Batch) -> Tensor:
