@@ -1,0 +1,84 @@
+"""Figures of a model's cost, and of a series of checkpoints as its audit sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tinylab.plots.style import AREAS, COLORS, FAINT, LabFigure, empty, format_count, new_figure
+
+
+def shares(parts: Mapping[str, Mapping[str, int]], title: str, unit: str = "parameters") -> LabFigure:
+    """One stacked bar a model: the parts of its total, as shares, each total written behind its bar.
+
+    `parts` gives, for each name, its parts in `unit` (counts or bytes; a key `total` is left out of the bar).
+    """
+    figure, axes = new_figure(title, height=1.5 + 0.55 * max(len(parts), 1), caption=f"Shares of all {unit}.")
+    ax = axes[0, 0]
+    names = list(dict.fromkeys(k for row in parts.values() for k in row if k != "total"))
+    if not names:
+        empty(ax, "no parts")
+        return figure
+    left = np.zeros(len(parts))
+    totals = np.array([sum(v for k, v in row.items() if k != "total") for row in parts.values()], dtype=float)
+    for i, name in enumerate(names):
+        width = 100 * np.array([row.get(name, 0) for row in parts.values()], dtype=float) / totals
+        bars = ax.barh(list(parts), width, left=left, color=AREAS[i % 8], label=name, edgecolor="white", height=0.62)
+        texts = [f"{w:.0f}" if w >= 5 else "" for w in width]
+        ax.bar_label(bars, texts, label_type="center", fontsize=8, color="white" if i % 8 in (0, 2, 5) else "black")
+        left += width
+    for row, total in enumerate(totals):
+        ax.annotate(f"{format_count(total)} {unit}", (100, row), xytext=(6, 0), textcoords="offset points",
+                    va="center", fontsize=9, color=FAINT, annotation_clip=False)  # fmt: skip
+    ax.set_xlim(0, 100)
+    ax.set_ylim(len(parts) - 0.5, -0.5)
+    ax.set_xlabel("share (%)")
+    ax.grid(False, axis="y")
+    ax.legend(ncols=min(len(names), 6), loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False, fontsize=8.5)
+    return figure
+
+
+def series_audit(audit: Any) -> LabFigure:
+    """Distances between all checkpoints of a series, and the change from each to the next; suspects are marked.
+
+    `audit` is a checkpoint.audit.SeriesAudit. Along an honest path a square's distance grows away from the diagonal:
+    a duplicate is a zero off it, a swapped or foreign checkpoint a row that does not fit its neighbours.
+    """
+    labels, distance = list(audit.compared), np.asarray(audit.distance, dtype=float)
+    figure, axes = new_figure(
+        "Is this series what it claims to be?",
+        columns=2,
+        width=9.6,
+        height=4.4,
+        caption="Relative distance of weights: |a − b| / sqrt(|a| |b|) over a fixed sample of every tensor. "
+        "Orange: checkpoints that the audit names.",
+        gridspec_kw={"width_ratios": [1.15, 1]},
+    )
+    square, line = axes[0]
+    if len(labels) < 2:
+        empty(square, "fewer than two comparable checkpoints")
+        empty(line, "")
+        return figure
+    suspects = {label for problem in audit.problems for label in problem.labels}
+    image = square.imshow(distance, cmap="Blues", vmin=0)
+    figure.colorbar(image, ax=square, shrink=0.8, label="relative distance")
+    square.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    square.set_yticks(range(len(labels)), labels, fontsize=7)
+    square.grid(False)
+    for ticks in (square.get_xticklabels(), square.get_yticklabels()):
+        for tick in ticks:
+            if tick.get_text() in suspects:
+                tick.set_color(COLORS[1])
+                tick.set_fontweight("bold")
+    change = [distance[i, i + 1] for i in range(len(labels) - 1)]
+    line.plot(range(1, len(labels)), change, color=COLORS[0], marker="o", markersize=4)
+    for i, label in enumerate(labels[1:], start=1):
+        if label in suspects:
+            line.plot(i, change[i - 1], color=COLORS[1], marker="s", markersize=8, linestyle="none")
+    line.set_xticks(range(1, len(labels)), labels[1:], rotation=90, fontsize=7)
+    line.set_ylim(0, None)
+    line.set_ylabel("distance from the checkpoint before")
+    line.set_xlabel("checkpoint, in the order of steps")
+    return figure
