@@ -217,9 +217,9 @@ def test_what_is_missing_is_named(lab, tmp_path, shared):
     with pytest.raises(EvaluationError, match="copy is no checkpoint of a run, so name the prepared data"):
         evaluate(folder)
     (tmp_path / "piqa.jsonl").write_text('{"goal": "x"}\n')
-    with pytest.raises(EvaluationError, match="the documents of piqa .file:piqa.jsonl. must have the fields"):
+    with pytest.raises(EvaluationError, match=r"the documents of piqa .file:piqa.jsonl. must have the fields"):
         evaluate(folder, tasks="piqa", data_dir=tmp_path)
-    with pytest.raises(EvaluationError, match="cannot read .*boolq.jsonl"):
+    with pytest.raises(EvaluationError, match=r"cannot read .*boolq.jsonl"):
         evaluate(folder, tasks="boolq", data_dir=tmp_path)
-    with pytest.raises(NothingFoundError, match="must hold results; found none. Fill it: tinylab evaluate"):
+    with pytest.raises(NothingFoundError, match=r"must hold results; found none. Fill it: tinylab evaluate"):
         Scores(tmp_path / "nowhere").table()

@@ -49,16 +49,39 @@ def text_losses(model: Llama, tokenizer: Tokenizer, text: str) -> tuple[list[int
 
 
 def compare_tokens(model_a: Llama, model_b: Llama, tokenizer: Tokenizer, text: str) -> pandas.DataFrame:
-    """One row per predicted token: `position` (from 1), `id`, `text`, `loss_a`, `loss_b`, `delta` (B − A), in nats."""
+    """One row per predicted token: `position` (from 1), `id`, `text`, `start`, `stop`, `loss_a`, `loss_b`, `delta`.
+
+    start and stop are characters of `text`; losses are in nats, delta is B − A: below 0 B predicts better.
+    """
     import pandas
 
     ids, a = text_losses(model_a, tokenizer, text)
     _, b = text_losses(model_b, tokenizer, text)
-    missing = len(ids) - len(a)
-    table = pandas.DataFrame({"position": range(1, len(ids) + 1), "id": ids, "text": token_texts(tokenizer, ids)}).iloc[
-        missing:
+    rows = [
+        {"position": i + 1, "id": token, "text": shown, "start": start, "stop": stop}
+        for i, (token, (shown, start, stop)) in enumerate(zip(ids, token_spans(tokenizer, ids, text), strict=True))
     ]
-    return table.assign(loss_a=a, loss_b=b, delta=[y - x for x, y in zip(a, b, strict=True)]).reset_index(drop=True)
+    table = pandas.DataFrame(rows[len(ids) - len(a) :])
+    return table.assign(loss_a=a, loss_b=b, delta=[y - x for x, y in zip(a, b, strict=True)])
+
+
+def token_spans(tokenizer: Tokenizer, ids: list[int], text: str) -> list[tuple[str, int, int]]:
+    """(text, start, stop) of each token in characters of `text`; a character of several ids stands at the last of them.
+
+    Where the tokenizer rewrites the text (its bytes do not add up), `token_texts` stand in and the offsets are -1.
+    """
+    sizes = [int(size) for size in tokenizer.token_bytes()[ids]]
+    characters = [i for i, c in enumerate(text) for _ in c.encode()]  # of each byte
+    surplus = sum(sizes) - len(characters)
+    if surplus not in (0, 1):  # 1: a Llama-style tokenizer begins every text with a space of its own
+        return [(shown, -1, -1) for shown in token_texts(tokenizer, ids)]
+    characters.append(len(text))
+    spans, byte = [], -surplus
+    for size in sizes:
+        start, stop = characters[max(byte, 0)], characters[max(byte + size, 0)]
+        spans.append((text[start:stop], start, stop))
+        byte += size
+    return spans
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -66,7 +89,37 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     texts, shown = [], ""
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[:end])
-        whole = whole.rstrip("\ufffd") if end < len(ids) else whole
-        texts.append(whole[len(shown) :] if whole.startswith(shown) else whole)
+        if end < len(ids):  # bytes of an unfinished character, and those before them in its run, decode to U+FFFD
+            whole = max(shown, whole.rstrip("\ufffd"), key=len)
+        texts.append(whole[len(shown) :])
         shown = whole
     return texts
+
+
+def top_changes(table: pandas.DataFrame, count: int = 10) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """(tokens that B predicts better, tokens that B predicts worse), largest change first, at most `count` each."""
+    delta = table["delta"].to_numpy()
+    order = delta.argsort(kind="stable")
+    better = [i for i in order if delta[i] < 0][:count]
+    worse = [i for i in order[::-1] if delta[i] > 0][:count]
+    return table.iloc[better], table.iloc[worse]
+
+
+def loss_by_position(table: pandas.DataFrame, bins: int = 16) -> pandas.DataFrame:
+    """Mean loss by position in the text, in up to `bins` stretches of equal length.
+
+    Columns `first`, `last` (positions), `n` (tokens), `loss_a`, `loss_b`, `delta` (nats, means).
+    """
+    import pandas
+
+    width = -(-len(table) // bins)
+    stretches = [table.iloc[i : i + width] for i in range(0, len(table), width)]
+    places = [part["position"].to_numpy() for part in stretches]
+    columns: dict[str, list[float]] = {
+        "first": [int(p[0]) for p in places],
+        "last": [int(p[-1]) for p in places],
+        "n": [len(p) for p in places],
+    }
+    for name in ("loss_a", "loss_b", "delta"):
+        columns[name] = [float(part[name].to_numpy().mean()) for part in stretches]
+    return pandas.DataFrame(columns)

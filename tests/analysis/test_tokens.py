@@ -1,0 +1,72 @@
+"""Losses of two models token by token, against logits taken by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinylab.analysis.tokens import compare_tokens, loss_by_position, token_spans, token_texts, top_changes
+from tinylab.config.schema import Model
+from tinylab.data.tokenizer import load_tokenizer_file, train_tokenizer
+from tinylab.errors import EvaluationError
+from tinylab.model.transformer import Llama
+
+TEXT = "The walk was long, said the wälker — and\nso  it was 🙂. The rest walked on for the whole long day."
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT.replace("🙂", "") * 20, "for while def return class " * 30], 320)
+
+
+@pytest.fixture(scope="module")
+def models():
+    config = Model(vocab_size=320, n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=64, seq_len=16)
+    pair = Llama(config).eval(), Llama(config).eval()
+    for seed, model in enumerate(pair):
+        model.init_weights(seed)
+    return pair
+
+
+def test_losses_are_those_of_the_logits_with_at_least_half_a_context(tokenizer, models):
+    table, ids = compare_tokens(*models, tokenizer, TEXT), tokenizer.encode(TEXT)
+    assert len(table) == len(ids) > 32 and list(table["position"]) == list(range(1, len(ids) + 1))
+    stream = [tokenizer.eos_id, *ids]
+    for i, loss in enumerate(table["loss_b"]):
+        start = 0 if i < 16 else (i // 8 - 1) * 8
+        with torch.no_grad():
+            logs = models[1](torch.tensor([stream[start : i + 1]]))[0, -1].log_softmax(-1)
+        assert loss == pytest.approx(-logs[ids[i]].item(), abs=1e-5), i
+    assert (table["delta"] == table["loss_b"] - table["loss_a"]).all()
+    assert all(TEXT[r.start : r.stop] == r.text for r in table.itertuples())
+
+
+def test_spans_are_the_text_itself_even_across_several_bytes(tokenizer):
+    spans = token_spans(tokenizer, tokenizer.encode(TEXT), TEXT)
+    assert "".join(text for text, _, _ in spans) == TEXT
+    assert all(TEXT[start:stop] == text for text, start, stop in spans)
+    assert any(text.endswith("🙂") for text, _, _ in spans)
+
+
+def test_spans_fall_back_to_each_tokens_own_text_when_the_tokenizer_rewrites(shared):
+    unigram = load_tokenizer_file(shared / "tokenizers" / "sentencepiece_m" / "m.model")
+    ids = unigram.encode("ﬁne   words")
+    spans = token_spans(unigram, ids, "ﬁne   words")
+    assert spans == [(text, -1, -1) for text in token_texts(unigram, ids)]
+
+
+def test_top_changes_and_positions_sum_up_the_table(tokenizer, models):
+    table = compare_tokens(*models, tokenizer, TEXT)
+    gained, lost = top_changes(table, 5)
+    assert gained["delta"].iloc[0] == table["delta"].min() and gained["delta"].is_monotonic_increasing
+    assert lost["delta"].iloc[0] == table["delta"].max() and (lost["delta"] > 0).all()
+    places = loss_by_position(table, bins=4)
+    width = -(-len(table) // 4)
+    assert list(places["first"]) == [1 + width * i for i in range(4)] and places["last"].iloc[-1] == len(table)
+    assert places["n"].sum() == len(table)
+    assert (places["loss_a"] * places["n"]).sum() == pytest.approx(table["loss_a"].sum())
+
+
+def test_a_text_without_tokens_is_refused(tokenizer, models):
+    with pytest.raises(EvaluationError, match="the text must have 2 to 8192 tokens; found 0"):
+        compare_tokens(*models, tokenizer, "")

@@ -1,0 +1,74 @@
+"""Probes: deterministic, balanced, answerable, from held-out documents, and readable by lm-eval itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tinylab.data.shards import open_shards
+from tinylab.data.tokenizer import load_tokenizer_file
+from tinylab.errors import DataError
+from tinylab.evaluate.probes import CHOICE_TOKENS, CONTEXT_TOKENS, build_probe, build_probes, documents
+
+
+def test_the_right_answer_really_stands_in_the_held_out_document(lab):
+    texts = {origin: text for text, origin in documents(lab.shards, load_tokenizer_file(lab.shards.tokenizer_path))}
+    probes = build_probes(lab.shards)
+    assert set(probes) == {"continuation", "docstring"}
+    for item in probes["continuation"]:
+        gold = item["choices"][item["gold"]]
+        assert f"{item['context']} {gold}" in texts[item["origin"]]
+        for i, (choice, origin) in enumerate(zip(item["choices"], item["origins"], strict=True)):
+            assert choice in texts[origin]
+            assert i == item["gold"] or origin != item["origin"]
+    for item in probes["docstring"]:
+        gold = item["choices"][item["gold"]]
+        text = texts[item["origin"].rpartition(":")[0]]
+        name = item["origin"].rpartition(" ")[2]
+        assert f'def {name}(a, b):\n    """{gold}"""' in text and item["context"].startswith(f"def {name}(a, b):")
+        assert not any(choice in item["context"] for choice in item["choices"]), "the docstring itself is left out"
+
+
+def test_gold_positions_are_balanced_and_choices_differ(lab):
+    for items in build_probes(lab.shards).values():
+        counts = Counter(item["gold"] for item in items)
+        assert set(counts) == {0, 1, 2, 3} and max(counts.values()) - min(counts.values()) <= 1
+        assert all(len(set(item["choices"])) == 4 for item in items)
+        assert len({item["id"] for item in items}) == len(items)
+
+
+def test_items_fit_a_context_of_256_tokens(lab):
+    tokenizer = load_tokenizer_file(lab.shards.tokenizer_path)
+    for items in build_probes(lab.shards).values():
+        for item in items:
+            longest = max(len(tokenizer.encode(f"{item['context']} {c}")) for c in item["choices"])
+            assert longest <= CONTEXT_TOKENS + CHOICE_TOKENS + 16 <= 256
+
+
+def test_items_depend_on_the_data_and_the_seed_alone(lab, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(lab.data, copy, ignore=shutil.ignore_patterns("probes"))
+    shards = open_shards(copy)
+    assert build_probes(shards) == build_probes(lab.shards)
+    assert build_probe(shards, "continuation", seed=1) != build_probe(shards, "continuation")
+    assert len(build_probe(shards, "continuation", n_items=24)) == 24
+
+
+def test_too_small_a_split_says_how_many_items_it_gives(lab, tmp_path):
+    with pytest.raises(DataError, match=r"the probe continuation needs at least 20 items .* it gives 7"):
+        build_probe(lab.shards, "continuation", n_items=7)
+
+
+def test_the_written_yaml_is_an_lm_eval_task_with_the_same_items(lab):
+    yaml_loader = pytest.importorskip("lm_eval.tasks._yaml_loader")
+    items = build_probe(lab.shards, "docstring")
+    (path,) = (lab.data / "probes").glob("v*-n200-seed0/docstring.yaml")
+    config = yaml_loader.load_yaml(path)
+    assert config["output_type"] == "multiple_choice"
+    assert {m["metric"] for m in config["metric_list"]} == {"acc", "acc_norm", "acc_mutual_info"}
+    lines = Path(config["dataset_kwargs"]["data_files"]["validation"]).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == items
