@@ -37,10 +37,10 @@ def _plain(value: Any) -> Any:
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if hasattr(value, "to_dict"):  # a pandas table: one object per row
-        return _plain(value.to_dict(orient="records"))
-    if hasattr(value, "tolist"):  # a numpy or torch scalar or array
-        return _plain(value.tolist())
+    if callable(to_dict := getattr(value, "to_dict", None)):  # a pandas table: one object per row
+        return _plain(to_dict(orient="records"))
+    if callable(to_list := getattr(value, "tolist", None)):  # a numpy or torch scalar or array
+        return _plain(to_list())
     if isinstance(value, Iterable):
         return [_plain(v) for v in value]
     return str(value)
