@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tinylab.checkpoint import litgpt
 from tinylab.checkpoint.convert import Format, convert
 from tinylab.checkpoint.formats import open_weights
-from tinylab.checkpoint.huggingface import load_folder
+from tinylab.checkpoint.huggingface import load_folder, save_weights, write_config
 from tinylab.checkpoint.lazy import load_weights
 from tinylab.config.schema import Model
 from tinylab.errors import CheckpointError, ConfigError
@@ -157,3 +157,27 @@ def test_swapped_shards_of_two_models_are_listed(source: Path, tmp_path: Path):
     with pytest.raises(CheckpointError) as error:
         litgpt.load(tmp_path / "m.pth", model=replace(other.config, d_ff=48))
     assert str(error.value).count("misshaped") == 6
+
+
+def test_large_matrices_are_mapped_and_equal_to_read_ones(tmp_path: Path):
+    config = Model(vocab_size=2048, n_layer=1, d_model=256, n_head=4, n_kv_head=2, d_ff=1024, seq_len=16)
+    model = Llama(config)
+    model.init_weights(0)
+    save_weights(model.state_dict(), config, tmp_path / "hf")
+    write_config(config, tmp_path / "hf")
+    weights = open_weights(tmp_path / "hf")
+    before = {p: p.read_bytes() for p in (tmp_path / "hf").glob("*.safetensors")}
+    mapped, read = load_weights(weights), load_weights(weights, copy=True)
+    assert states_equal(mapped, model) and states_equal(read, model)
+    assert torch.equal(mapped(IDS), read(IDS)) and mapped.embed.weight.requires_grad
+    with torch.no_grad():
+        for weight in mapped.parameters():
+            weight.zero_()
+    assert {p: p.read_bytes() for p in before} == before
+    assert states_equal(load_weights(weights), model)
+    tied = Llama(replace(config, tie_embeddings=True))
+    tied.init_weights(0)
+    save_weights(tied.state_dict(), tied.config, tmp_path / "tied")
+    write_config(tied.config, tmp_path / "tied")
+    loaded = load_weights(open_weights(tmp_path / "tied"))
+    assert loaded.head.weight is loaded.embed.weight and states_equal(loaded, tied)

@@ -77,7 +77,7 @@ def convert(
     if target.exists():
         raise CheckpointError(f"{target} must not exist; move it aside, or choose another name")
     reference = resolve_reference(source)
-    model = load_weights(open_weights(reference.path), dtype=dtype)
+    model = load_weights(open_weights(reference.path), dtype=dtype, copy=True)
     expected = sample_logits(model)
     parameters, stored = sum(p.numel() for p in model.parameters()), model.head.weight.dtype
     temporary = temporary_folder(target)

@@ -47,12 +47,25 @@ def _safetensors(folder: Path) -> Weights:
     model = model_from_config(folder / "config.json")
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(folder):
-        read = _reader(folder / file)
-        for name, (dtype, shape) in read_header(folder / file).items():
+        path = folder / file
+        header, read, places = read_header(path), _reader(path), _places(path)
+        for name, (dtype, shape) in header.items():
             if name in tensors:
                 raise CheckpointError(f"{folder} must hold {name} once; found it in two files")
-            tensors[name] = LazyTensor(shape, dtype, read(name))
+            tensors[name] = LazyTensor(shape, dtype, read(name), place=(path, places[name]))
     return Weights(model, tensors, str(folder))
+
+
+def _places(path: Path) -> dict[str, int]:
+    """The byte at which each tensor of a safetensors file begins, after the library has checked the whole header."""
+    try:
+        safe_open(str(path), framework="pt")
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _reader(path: Path) -> Callable[[str], Callable[[], Tensor]]:

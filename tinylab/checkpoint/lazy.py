@@ -5,9 +5,12 @@ Every reader of a foreign format gives `Weights` under Hugging Face's names; one
 
 from __future__ import annotations
 
+import math
+import mmap
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 """Buffers that follow from the configuration; old checkpoints hold them."""
 _SHOWN = 200
+_MAPPED_BYTES = 2**20
+"""Smaller parameters are copied: they cost nothing, and a small model depends on no file and no alignment."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class LazyTensor:
     """Reads the tensor from the file, on the CPU; callers only read it."""
     storage: str | None = None
     """Equal for tensors that are the same bytes of the file; None where the format cannot share."""
+    place: tuple[Path, int] | None = None
+    """File and byte where the values stand in order, as they are in memory; None where they must be made."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +92,62 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
 
 
 @torch.no_grad()
-def load_weights(weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
+def load_weights(
+    weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, copy: bool = False
+) -> Llama:
     """The model in eval mode, filled tensor by tensor: the model once in memory, plus one tensor.
 
-    dtype: absent, the one stored. Raises CheckpointError listing every tensor that does not fit.
+    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more whose rows stand together
+    in the file are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
+    Raises CheckpointError listing every tensor that does not fit.
     """
     weights.check()
     model = Llama.empty(weights.model, device, dtype or weights.dtype)
-    state = model.state_dict()
+    may_map = not copy and torch.device(device).type == "cpu"
+    files: dict[Path, mmap.mmap] = {}
     for name, parts in name_map(weights.model).items():
-        rows = state[name].split([shape[0] for _, shape in parts])
-        for (part, _), target in zip(parts, rows, strict=True):
-            target.copy_(weights.tensors[part].load())
-    if weights.model.tie_embeddings and "lm_head.weight" in weights.tensors:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        target = module.get_parameter("weight")
+        tensors = [weights.tensors[part] for part, _ in parts]
+        mapped = _map(tensors, target, files) if may_map else None
+        if mapped is not None:
+            module.register_parameter("weight", torch.nn.Parameter(mapped))
+            continue
+        for tensor, rows in zip(tensors, target.split([shape[0] for _, shape in parts]), strict=True):
+            rows.copy_(tensor.load())
+    if weights.model.tie_embeddings:
+        model.head.weight = model.embed.weight
+        _check_tie(weights)
+    return model.eval()
+
+
+def _map(tensors: list[LazyTensor], target: Tensor, files: dict[Path, mmap.mmap]) -> Tensor | None:
+    """The values of `tensors`, one after the other, as memory mapped from their file; None where that cannot be."""
+    size = target.element_size()
+    if target.numel() * size < _MAPPED_BYTES or any(t.dtype != target.dtype for t in tensors):
+        return None
+    places = [t.place for t in tensors]
+    first = places[0]
+    if first is None or first[1] % size:
+        return None
+    path, start = first
+    expected = start
+    for tensor, place in zip(tensors, places, strict=True):
+        if place != (path, expected):
+            return None
+        expected += size * math.prod(tensor.shape)
+    if path not in files:
+        with open(path, "rb") as file:
+            files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    flat = torch.frombuffer(files[path], dtype=target.dtype, count=target.numel(), offset=start)
+    return flat.view(target.shape)
+
+
+def _check_tie(weights: Weights) -> None:
+    if "lm_head.weight" in weights.tensors:
         head, embed = (weights.tensors[n].load() for n in ("lm_head.weight", "model.embed_tokens.weight"))
         if not torch.equal(head, embed):
             raise CheckpointError(
                 f"{weights.origin}: the configuration ties the embeddings, so lm_head.weight must equal "
                 "model.embed_tokens.weight; they differ. Untie them in the configuration, or remove lm_head.weight"
             )
-    return model.eval()
