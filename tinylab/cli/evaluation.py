@@ -60,13 +60,9 @@ def evaluate_verb(
 
 def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per record, as `scores` gives them: value with 95% interval, items, chance."""
-    from tinylab.evaluate.store import Scores
+    from tinylab.evaluate.store import row_of
 
-    rows = []
-    for store in dict.fromkeys(record.path.parents[1] for record in records):
-        measured = {(r.key.weights, r.key.task) for r in records if r.path.parents[1] == store}
-        rows += [row for row in Scores(store).rows() if (row["weights"], row["task"]) in measured]
-    return rows
+    return [row_of(record) for record in records]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
