@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tinylab.checkpoint import registry
+from tinylab.checkpoint.reference import resolve_reference
 from tinylab.config.presets import tiny
-from tinylab.errors import NothingFoundError
+from tinylab.errors import CheckpointError, NothingFoundError
 from tinylab.runs.folder import Run
 
 # jzhang38/TinyLlama's README and EVAL.md, by hand
@@ -79,6 +80,11 @@ def test_pythia_has_154_steps_and_tinyllamas_tokens_per_step():
     assert [m.step for m in series][:13] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000]
     assert (series[-1].step, series[-1].tokens, series[-1].revision) == (143_000, 299_892_736_000, "step143000")
     assert {m.architecture for m in series} == {"gpt_neox"}
+
+
+def test_another_architecture_is_refused_before_its_download():
+    with pytest.raises(CheckpointError, match="pythia-1b@1000 must be a Llama to open here; it is a gpt_neox"):
+        resolve_reference("pythia-1b@1000")
 
 
 def test_every_name_finds_its_milestone():

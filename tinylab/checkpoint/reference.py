@@ -153,6 +153,11 @@ def _elsewhere(text: str) -> Reference:
 
     milestone = registry.find(text)
     if milestone is not None and milestone.repository is not None:
+        if milestone.architecture != "llama":
+            raise CheckpointError(
+                f"{milestone.name} must be a Llama to open here; it is a {milestone.architecture}, listed to compare: "
+                f"open {milestone.repository} at revision {milestone.revision} with transformers"
+            )
         return Reference(
             kind="registry",
             path=hub.fetch(milestone.repository, milestone.revision),
