@@ -1,4 +1,4 @@
-"""Archives made to do harm: every one of them only raises CheckpointError, fast and small, and no canary is ever made."""
+"""Archives made to do harm: each of them only raises CheckpointError, fast and small, and no canary is made."""
 
 from __future__ import annotations
 
