@@ -1,7 +1,8 @@
 # Every target does all of its own set-up; a repeat takes a second when nothing changed.
 #   make demo | test | lab | setup | notebooks | stress | bench | bench-gpu | lint | format | clean
 # Variables: PYTHON (default python3, 3.11 or newer); TORCH_INDEX, an extra pip index that offers builds of torch
-# (a CPU build, say); LAB_ARGS, more options for JupyterLab (as root it wants --allow-root); TINYLAB_HOME, the folder of data/ and runs/.
+# (a CPU build, say); LAB_ARGS, more options for JupyterLab (as root it wants --allow-root);
+# TINYLAB_HOME, the folder of data/ and runs/.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -140,7 +140,7 @@ def test_no_tracked_file_names_a_private_path():
             [
                 "/ho" + "me/[a-z]",
                 "/Us" + "ers/[A-Za-z]",
-                "/ro" + "ot/",
+                "/ro" + r"ot/\w",
                 "/wo" + r"rk/(main|shared)",
                 "/op" + "t/(pypi|wheels)",
                 "/mnt/" + "[a-z]",

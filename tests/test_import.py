@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -50,16 +48,15 @@ def test_foundations_load_no_third_party_package():
     assert fresh(code) == "[]"
 
 
-def test_import_costs_less_than_a_tenth_of_a_second():
-    def seconds(code: str) -> float:
-        def once() -> float:
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            return time.perf_counter() - start
-
-        return statistics.median(once() for _ in range(5))
-
-    assert seconds("import tinylab") - seconds("pass") < 0.1
+def test_import_adds_a_handful_of_standard_modules_only():
+    # The cost of an import counted in modules, because timing decides nothing; `typing` brings most of them.
+    code = (
+        "import sys; before = set(sys.modules); import tinylab; new = sorted(set(sys.modules) - before - {'tinylab'})\n"
+        "print(len(new), [m for m in new if m.split('.')[0] not in sys.stdlib_module_names])"
+    )
+    count, foreign = fresh(code).split(" ", 1)
+    assert foreign == "[]"
+    assert int(count) < 20
 
 
 def test_every_public_name_arrives():
