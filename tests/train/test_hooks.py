@@ -1,0 +1,96 @@
+"""What accompanies a run: heartbeat, progress line, stop requests."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylab.config.schema import RunConfig
+from tinylab.errors import RunStopped
+from tinylab.runs.folder import Run
+from tinylab.train.hooks import Heartbeat, Progress, StopRequest, progress_hooks
+
+
+def record(step: int) -> dict[str, Any]:
+    return {"step": step, "tokens": 256 * step, "loss": 3.25, "stage": "basic", "tokens_per_s": 1234.5}
+
+
+def test_the_heartbeat_is_written_at_most_once_a_second(tiny_config: RunConfig, tmp_path: Path, monkeypatch: Any):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    heartbeat = Heartbeat(Run(tmp_path), tiny_config, 0)
+    written = []
+    for step in range(1, 11):
+        heartbeat.step(record(step))
+        written.append(Run(tmp_path).status()["step"])
+        clock[0] += 0.4
+    assert written == [1, 1, 1, 4, 4, 4, 7, 7, 7, 10]
+    status = Run(tmp_path).status()
+    assert (status["state"], status["steps"], status["tokens"], status["loss"]) == ("running", 24, 2560, 3.25)
+
+
+def test_without_a_terminal_a_plain_line_comes_each_ten_seconds(
+    tiny_config: RunConfig, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+):
+    clock = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress()
+    progress.start(tiny_config, 0)
+    for step in range(1, 25):
+        clock[0] += 3.0
+        progress.step(record(step))
+    progress.end()
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 5, 9, 13, 17, 21, 24]
+    assert lines[0] == "step 1/24  256 tokens  loss 3.250  1,234 tokens/s  0:01:09 left"
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_in_a_terminal_a_bar_shows_loss_and_rate(tiny_config: RunConfig, monkeypatch: Any):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress()
+    progress.start(tiny_config, 4)
+    progress.step(record(5))
+    progress.end()
+    assert "5/24" in terminal.getvalue() and "loss 3.250, 1,234 tokens/s" in terminal.getvalue()
+
+
+def test_an_executor_gets_no_progress_line(monkeypatch: Any):
+    assert len(progress_hooks(True)) == 1 and progress_hooks(False) == []
+    monkeypatch.setenv("TINYLAB_EXECUTOR", "papermill")
+    assert progress_hooks(True) == []
+
+
+def test_a_signal_before_the_first_step_ends_at_once_and_later_only_leaves_a_note(tmp_path: Path):
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest(Run(tmp_path)) as stop:
+        with pytest.raises(RunStopped, match="before its first step") as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        assert stopped.value.exit_code == 143
+    with StopRequest(Run(tmp_path)) as stop:
+        stop.defer()
+        assert not stop.requested()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested() and stop.stopped("now").exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stop_file_is_obeyed_and_removed(tmp_path: Path):
+    with StopRequest(Run(tmp_path)) as stop:
+        stop.defer()
+        (tmp_path / "stop").touch()
+        assert stop.requested() and stop.stopped("now").exit_code == 143
+    assert not (tmp_path / "stop").exists()
