@@ -160,7 +160,9 @@ class Comparison:
             lines.append("A and B are the same weights.")
         shown = ["task", "metric", "n", "score_a", "score_b", "difference", "low", "high", "p", "p_holm"]
         shown += ["only_a", "only_b"]
-        lines += ["", self.table()[shown].round(4).to_string(index=False)]
+        table = self.table()[shown].round({k: 4 for k in ("score_a", "score_b", "difference", "low", "high")})
+        table = table.assign(**{k: [f"{p:.2g}" for p in table[k]] for k in ("p", "p_holm")})
+        lines += ["", table.to_string(index=False)]
         mean = self.mean
         lines += [
             "",
