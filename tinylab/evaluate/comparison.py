@@ -160,9 +160,8 @@ class Comparison:
             lines.append("A and B are the same weights.")
         shown = ["task", "metric", "n", "score_a", "score_b", "difference", "low", "high", "p", "p_holm"]
         shown += ["only_a", "only_b"]
-        table = self.table()[shown].round({k: 4 for k in ("score_a", "score_b", "difference", "low", "high")})
-        table = table.assign(**{k: [f"{p:.2g}" for p in table[k]] for k in ("p", "p_holm")})
-        lines += ["", table.to_string(index=False)]
+        formats = {k: "{:.4f}".format for k in shown[3:8]} | {k: "{:.2g}".format for k in ("p", "p_holm")}
+        lines += ["", self.table()[shown].to_string(index=False, formatters=formats)]
         mean = self.mean
         lines += [
             "",
