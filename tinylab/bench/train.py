@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylab.checkpoint.huggingface import to_huggingface
 from tinylab.config.presets import preset as find_preset
@@ -153,7 +153,8 @@ def _peer(config: Model, state: dict[str, Tensor], device: torch.device) -> Any:
     values = {k: v for k, v in config_values(config).items() if v is not None}
     model = LlamaForCausalLM(LlamaConfig(**(values | {"use_cache": False, "attn_implementation": "sdpa"})))
     model.load_state_dict(to_huggingface(state, config), strict=not config.tie_embeddings)
-    return model.to(device).train()
+    model.train()
+    return nn.Module.to(model, device)
 
 
 def _peer_step(
@@ -230,7 +231,7 @@ def _product_ceiling(config: Model, device: torch.device) -> dict[str, float]:
         for _ in range(10):
             _synchronize(device)
             start = time.perf_counter()
-            a @ b
+            torch.mm(a, b)
             _synchronize(device)
             times.append(time.perf_counter() - start)
         found[name] = round(2 * a.numel() * b.shape[1] / min(times) / 1e9, 1)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,7 +91,8 @@ def from_huggingface(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]
 
     Raises CheckpointError listing every missing, unexpected and misshaped tensor.
     """
-    items = dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    pairs = cast("Iterable[tuple[str, Tensor]]", tensors.items() if isinstance(tensors, Mapping) else tensors)
+    items = dict(pairs)
     _check_names({k: tuple(v.shape) for k, v in items.items()}, config, "these tensors")
     names = name_map(config)
     state = {name: torch.cat([items[part] for part, _ in parts]) for name, parts in names.items()}

@@ -43,10 +43,8 @@ _HARMLESS = {
 def config_values(config: Model) -> dict[str, Any]:
     """What config.json says of the model itself, under transformers' names."""
     scaling = config.rope_scaling
-    rope: dict[str, Any] | None = None
-    if scaling is not None:
-        rope = {"rope_type": scaling.rope_type, "factor": scaling.factor}
-    if scaling is not None and scaling.rope_type == "llama3":
+    rope = None if scaling is None else {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    if rope is not None and scaling is not None and scaling.rope_type == "llama3":
         rope |= {
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,

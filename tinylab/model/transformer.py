@@ -6,7 +6,7 @@
 
 Touvron et al. 2023; grouped-query attention after Ainslie et al. 2023. Equal to transformers' LlamaForCausalLM, but
 q/k/v are one matrix (rows: all query heads, then all key heads, then all value heads), and gate/up are one.
-Letters: B batch, T tokens, H query heads, K key-value heads, D head size, C model width, F SwiGLU width, V vocabulary.
+Letters: B batch, T tokens, H query heads, K key-value heads, D head size, C model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylab.config.schema import Model
 from tinylab.model.attention import attend, document_mask
-from tinylab.model.functional import rms_norm, swiglu
 from tinylab.model.loss import linear_cross_entropy
 from tinylab.model.rope import RopeTables, apply_rope
 
@@ -37,7 +37,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        shape = self.weight.shape
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, shape, self.weight, self.eps)
+        # Rounded where transformers' LlamaRMSNorm rounds: before the product with the weight.
+        return self.weight * F.rms_norm(x.float(), shape, None, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -73,7 +77,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):

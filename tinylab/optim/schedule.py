@@ -32,7 +32,7 @@ def check_schedule(config: RunConfig) -> None:
         start = _curve(config, i, _start(config, i))
         if stage.lr in ("linear", "cosine") and _end(config, stage) >= start:
             problems.append(
-                f"stages.{stage.name}.lr_end must lie below the rate at the stage's start ({start:.4g} of optimizer.lr) "
+                f"stages.{stage.name}.lr_end must lie below its start ({start:.4g} of optimizer.lr) "
                 f'or the rate does not decay; found {_end(config, stage):.4g}. Lower it, or set lr = "constant"'
             )
     if problems:
