@@ -116,6 +116,13 @@ def test_another_configuration_is_refused_with_its_keys(reference: Run, trainer:
     assert longer.code == 2 and "cannot be made longer" in longer.stderr
 
 
+def test_a_checkpoint_of_another_configuration_is_never_resumed(reference: Run, trainer: Any, tmp_path: Path):
+    run = copy_of(reference, tmp_path / "run")
+    run.config_path.unlink()
+    ended = trainer.go(run.path, override(trainer.config, ["seed=12"]))
+    assert ended.code == 1 and "written under another one" in ended.stderr
+
+
 def test_another_layout_goes_on_with_a_note(trainer: Any, reference: Run, tmp_path: Path):
     run = Run(tmp_path / "run")
     assert trainer.go(run.path, failpoint="step.logged:12").code == -signal.SIGKILL

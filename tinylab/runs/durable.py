@@ -48,6 +48,7 @@ def write_atomic(path: Path, data: str | bytes, *, sync: bool = True) -> None:
             file.flush()
             if sync:
                 os.fsync(file.fileno())
+        failpoint("atomic.written")
         os.replace(temporary, path)
         if sync:
             fsync_path(path.parent)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tinylab.config.io import load_run, run_to_toml
 from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError, NothingFoundError
-from tinylab.runs.durable import append_line, disk_error, read_lines, repair_tail, write_atomic
+from tinylab.runs.durable import append_line, disk_error, failpoint, read_lines, repair_tail, write_atomic
 
 if TYPE_CHECKING:
     import pandas
@@ -98,6 +98,7 @@ class Run:
         except OSError as error:
             raise disk_error(self.path, error) from error
         write_atomic(self.provenance_path, json.dumps(provenance, indent=1))
+        failpoint("open.provenance_written")
         write_atomic(self.config_path, run_to_toml(config))
 
     @contextmanager

@@ -25,7 +25,14 @@ from tinylab.runs.folder import Run, step_of
 from tinylab.runs.metrics import MetricsLog
 from tinylab.train.hooks import Heartbeat, Hook, StopRequest, progress_hooks
 from tinylab.train.meter import Meter
-from tinylab.train.opening import begin_lineage, config_digest, one_trainer, open_run, require_fitting_data
+from tinylab.train.opening import (
+    begin_lineage,
+    config_digest,
+    layout_of,
+    one_trainer,
+    open_run,
+    require_fitting_data,
+)
 from tinylab.train.state import TrainState, build_state, take_snapshot
 from tinylab.train.step import agree, train_step
 from tinylab.train.validation import Validator
@@ -127,10 +134,7 @@ def _trainer_record(config: RunConfig, context: Context, shards: ShardSet, state
         "tokens": config.tokens_at(state.step),
         "stage": config.stages[config.stage_index(state.step)].name,
         "hours": state.hours,
-        "world_size": context.world,
-        "threads": context.threads,
-        "device": context.device.type,
-        "precision": resolve_precision(context.device, config.parallel.precision),
+        **layout_of(config, context),
         "data_fingerprint": shards.fingerprint,
         "tokenizer_hash": tokenizer["hash"],
         "boundary": tokenizer["boundary"],

@@ -19,6 +19,7 @@ from tinylab.data.order import check_ranks
 from tinylab.data.shards import ShardSet
 from tinylab.dist.context import Context
 from tinylab.errors import CheckpointError, ConfigError, DataError
+from tinylab.model.precision import resolve_precision
 from tinylab.runs.durable import disk_error, failpoint, write_atomic
 from tinylab.runs.folder import Run, step_name
 from tinylab.runs.metrics import MetricsLog
@@ -65,6 +66,7 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
         if checkpoint:
+            _require_own(config, checkpoint)
             prune(run, config)
         step = read_record(checkpoint)["step"] if checkpoint else 0
     step = context.sum_integers([step])[0]
@@ -89,6 +91,15 @@ def _require_same(config: RunConfig, run: Run) -> None:
         write_atomic(run.config_path, run_to_toml(config))
         old, new = ({k: pair[i] for k, pair in changed.items()} for i in (0, 1))
         run.write_journal("changed", before=old, after=new, note="the last bits of the weights may differ")
+
+
+def _require_own(config: RunConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError unless the checkpoint was written under this configuration (config.toml may be lost)."""
+    if read_record(checkpoint)["config_digest"] != config_digest(config):
+        raise CheckpointError(
+            f"{checkpoint} must come from the configuration asked for; it was written under another one. "
+            "Restore the run's config.toml, or choose another run folder"
+        )
 
 
 def _show(value: Any) -> str:
@@ -130,6 +141,16 @@ def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path |
         )
 
 
+def layout_of(config: RunConfig, context: Context) -> dict[str, Any]:
+    """How the work is laid out: what may change the last bits of the weights between two starts."""
+    return {
+        "world_size": context.world,
+        "threads": context.threads,
+        "device": context.device.type,
+        "precision": resolve_precision(context.device, config.parallel.precision),
+    }
+
+
 def begin_lineage(run: Run, config: RunConfig, shards: ShardSet, context: Context, record: dict[str, Any]) -> None:
     """Rank 0: cut the metrics to the checkpoint's step and write `started` or `resumed` into the journal.
 
@@ -138,7 +159,7 @@ def begin_lineage(run: Run, config: RunConfig, shards: ShardSet, context: Contex
     if not context.is_main:
         return
     step = record.get("step", 0)
-    layout = {"world_size": context.world, "threads": context.threads, "device": context.device.type}
+    layout = layout_of(config, context)
     begun = any(line["event"] == "started" for line in run.journal())
     repeated = MetricsLog(run.metrics_path).cut_after(step)
     failpoint("begin.metrics_cut")
