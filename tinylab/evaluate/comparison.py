@@ -160,8 +160,10 @@ class Comparison:
             lines.append("A and B are the same weights.")
         shown = ["task", "metric", "n", "score_a", "score_b", "difference", "low", "high", "p", "p_holm"]
         shown += ["only_a", "only_b"]
-        formats = {k: "{:.4f}".format for k in shown[3:8]} | {k: "{:.2g}".format for k in ("p", "p_holm")}
-        lines += ["", self.table()[shown].to_string(index=False, formatters=formats)]
+        digits = dict.fromkeys(shown[3:8], ".4f") | dict.fromkeys(("p", "p_holm"), ".2g")
+        table = self.table()[shown]
+        table = table.assign(**{name: [format(v, digits[name]) for v in table[name]] for name in digits})
+        lines += ["", table.to_string(index=False)]
         mean = self.mean
         lines += [
             "",
