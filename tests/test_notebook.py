@@ -220,6 +220,33 @@ def test_sigterm_interrupts_the_cell_saves_and_exits_143(tmp_path: Path):
     assert "before" in text and "KeyboardInterrupt" in text and "never" not in text
 
 
+def test_each_save_of_a_running_notebook_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tinylab.errors import CheckpointError
+    from tinylab.notebook import AtomicHandler
+
+    seen = []
+    write = AtomicHandler.write
+    monkeypatch.setattr(AtomicHandler, "write", lambda self, text, path: seen.append(path) or write(self, text, path))
+    out = run_notebook(make_notebook(tmp_path / "a.ipynb", "1", "2"), tmp_path / "b.ipynb")
+    assert len(seen) >= 8 and set(seen) == {str(out)}  # a save before and after each of four cells
+    whole = out.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError, match="No space left"):
+        AtomicHandler().write("{", str(out))
+    assert out.read_bytes() == whole and not list(tmp_path.glob(".*tmp"))
+
+
+@pytest.mark.parametrize(
+    "first", ["import papermill", "from tinylab.notebook import TinylabEngine", "import tinylab.notebook"]
+)
+def test_papermill_finds_the_engine_whichever_is_imported_first(first: str):
+    code = (
+        f"{first}; from papermill.engines import papermill_engines as e; from tinylab.notebook import TinylabEngine as t;"
+        "assert e.get_engine('tinylab') is t"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 def test_papermill_sees_the_same_parameters_as_we_do():
     from papermill import inspect_notebook
 

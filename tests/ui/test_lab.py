@@ -61,6 +61,11 @@ def server(lab: Path, tmp_path: Path) -> Iterator[tuple[str, str, Path]]:
     command += [f"--ServerApp.root_dir={root}", *(["--allow-root"] if os.getuid() == 0 else [])]
     names = ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTER_RUNTIME_DIR")
     environment = os.environ | {name: str(tmp_path / name.lower()) for name in names}
+    news = (
+        tmp_path / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    )
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}')  # no question in the corner
     with open(tmp_path / "lab.log", "wb") as log:
         process = subprocess.Popen(
             command,

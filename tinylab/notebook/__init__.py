@@ -30,9 +30,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`TinylabEngine` on demand: papermill imports this package while it is itself half imported."""
-    if name == "TinylabEngine":
-        from tinylab.notebook.engine import TinylabEngine
+    """`TinylabEngine` and `AtomicHandler` on demand: papermill asks for its entry point while it loads."""
+    if name in ("TinylabEngine", "AtomicHandler"):
+        import papermill  # first, whoever asks first: engine.py needs it, and it needs engine.py
 
-        return TinylabEngine
+        assert papermill
+        from tinylab.notebook import engine
+
+        return getattr(engine, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""The papermill engine `tinylab`, and the handler that writes executed notebooks whole or not at all."""
+"""The papermill engine `tinylab`, and the handler that writes executed notebooks whole or not at all.
+
+To be imported after papermill, which loads this module by its entry point: take the names from `tinylab.notebook`.
+"""
 
 from __future__ import annotations
 

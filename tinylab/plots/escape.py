@@ -13,7 +13,8 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-_TEXT_CELL = "text-align:left;max-width:46em;overflow-wrap:break-word;white-space:pre-wrap"
+_CELL = "padding:0.15em 0.8em;"
+_TEXT_CELL = _CELL + "text-align:left;vertical-align:top;max-width:46em;overflow-wrap:break-word;white-space:pre-wrap"
 _MARKUP = {c: f"&#{ord(c)};" for c in "&<>\"'`$%\\*_~[]{}|"}
 """HTML's own characters, and those that Markdown and MathJax act on ($, %, backslash, brackets …)."""
 
@@ -30,7 +31,7 @@ def escape(text: Any) -> str:
 
 def table_html(table: pandas.DataFrame, caption: str = "", digits: int = 4) -> str:
     """A DataFrame as an HTML table, numbers right-aligned, every text escaped, its index left out."""
-    head = "".join(f'<th style="text-align:left">{escape(c)}</th>' for c in table.columns)
+    head = "".join(f'<th style="{_CELL}text-align:left">{escape(c)}</th>' for c in table.columns)
     rows = []
     for row in table.itertuples(index=False, name=None):
         rows.append("<tr>" + "".join(_cell(value, digits) for value in row) + "</tr>")
@@ -53,4 +54,4 @@ def _cell(value: Any, digits: int) -> str:
         text = f"{int(number):,}"
     else:
         text = f"{number:.{digits}g}"
-    return f'<td style="text-align:right">{text}</td>'
+    return f'<td style="{_CELL}text-align:right;vertical-align:top">{text}</td>'

@@ -13,7 +13,9 @@ from tinylab.runs.folder import Run
 from tinylab.widgets.html import Html, bundle, error_html
 from tinylab.widgets.view import ComparisonView, Loaded, compare_view, load
 
-_WIDE = {"description_width": "11em"}
+_WIDE = {"description_width": "13em"}
+_LINE = {"width": "34em"}
+_AREA = {"width": "50em", "height": "5em"}
 
 
 class CompareCheckpoints:
@@ -39,26 +41,40 @@ class CompareCheckpoints:
         self._models: dict[str, Loaded] = {}
         self._thread: threading.Thread | None = None
         choices = _choices(a, b)
-        self.a = ipywidgets.Dropdown(description="A (earlier)", options=choices, value=a, style=_WIDE)
-        self.b = ipywidgets.Dropdown(description="B (later)", options=choices, value=b, style=_WIDE)
-        area = {"width": "48em", "height": "5em"}
+        self.a = ipywidgets.Dropdown(description="A (earlier)", options=choices, value=a, style=_WIDE, layout=_LINE)
+        self.b = ipywidgets.Dropdown(description="B (later)", options=choices, value=b, style=_WIDE, layout=_LINE)
         self.text = ipywidgets.Textarea(
-            description="Text to score", value=text, style=_WIDE, layout=area, continuous_update=False
+            description="Text to score", value=text, style=_WIDE, layout=_AREA, continuous_update=False
         )
         self.prompts = ipywidgets.Textarea(
             description="Prompts, one a line",
             value="\n".join(p.replace("\n", "\\n") for p in prompts),
             style=_WIDE,
-            layout=area,
+            layout=_AREA,
             continuous_update=False,
         )
         self.length = ipywidgets.IntSlider(
-            description="Continue (tokens)", value=40, min=1, max=200, style=_WIDE, continuous_update=False
+            description="Continue (tokens)",
+            value=40,
+            min=1,
+            max=200,
+            style=_WIDE,
+            layout=_LINE,
+            continuous_update=False,
         )
         self.temperature = ipywidgets.FloatSlider(
-            description="Temperature (0: greedy)", value=0, min=0, max=2, step=0.1, style=_WIDE, continuous_update=False
+            description="Temperature (0: greedy)",
+            value=0,
+            min=0,
+            max=2,
+            step=0.1,
+            style=_WIDE,
+            layout=_LINE,
+            continuous_update=False,
         )
-        self.seed = ipywidgets.BoundedIntText(description="Seed", value=0, min=0, max=2**31 - 1, style=_WIDE)
+        self.seed = ipywidgets.BoundedIntText(
+            description="Seed", value=0, min=0, max=2**31 - 1, style=_WIDE, layout=_LINE
+        )
         self.button = ipywidgets.Button(description="Compare", button_style="primary", tooltip="Compare A and B")
         self.state = ipywidgets.Label(value="ready: press Compare")
         self.result = ipywidgets.HTML(value=view.html if view else "")

@@ -29,10 +29,17 @@ def show_table(rows: Any, caption: str = "", digits: int = 4) -> Html:
     import pandas
 
     if isinstance(rows, Mapping):
-        rows = pandas.DataFrame({"": list(rows), "value": list(rows.values())})
+        rows = pandas.DataFrame({"": list(rows), "value": [_text(value, digits) for value in rows.values()]})
     elif isinstance(rows, Sequence):
         rows = pandas.DataFrame(rows)
     return Html(table_html(rows, caption, digits), f"{caption}: {len(rows)} rows" if caption else f"{len(rows)} rows")
+
+
+def _text(value: Any, digits: int) -> str:
+    """A value in a column of texts."""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def figure_html(figure: LabFigure, alt: str) -> str:
