@@ -236,9 +236,7 @@ def test_each_save_of_a_running_notebook_is_whole_or_not_there(tmp_path: Path, m
     assert out.read_bytes() == whole and not list(tmp_path.glob(".*tmp"))
 
 
-@pytest.mark.parametrize(
-    "first", ["import papermill", "from tinylab.notebook import TinylabEngine", "import tinylab.notebook"]
-)
+@pytest.mark.parametrize("first", ["import papermill", "from tinylab.notebook import TinylabEngine", "import tinylab"])
 def test_papermill_finds_the_engine_whichever_is_imported_first(first: str):
     code = (
         f"{first}; from papermill.engines import papermill_engines as e; from tinylab.notebook import TinylabEngine as t;"
