@@ -239,7 +239,8 @@ def test_each_save_of_a_running_notebook_is_whole_or_not_there(tmp_path: Path, m
 @pytest.mark.parametrize("first", ["import papermill", "from tinylab.notebook import TinylabEngine", "import tinylab"])
 def test_papermill_finds_the_engine_whichever_is_imported_first(first: str):
     code = (
-        f"{first}; from papermill.engines import papermill_engines as e; from tinylab.notebook import TinylabEngine as t;"
+        f"{first}; from papermill.engines import papermill_engines as e;"
+        "from tinylab.notebook import TinylabEngine as t;"
         "assert e.get_engine('tinylab') is t"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
