@@ -123,9 +123,7 @@ def test_a_decay_that_does_not_decay_is_refused():
         Stage(name="low", tokens=50, batch_tokens=10, lr="linear", lr_end=0.1),
         Stage(name="cooldown", tokens=50, batch_tokens=10, lr="cosine", lr_end=0.1),
     )
-    with pytest.raises(
-        ConfigError, match=r"stages\.cooldown\.lr_end must lie below .*\(0\.1 of .*found 0\.1"
-    ):
+    with pytest.raises(ConfigError, match=r"stages\.cooldown\.lr_end must lie below .*\(0\.1 of .*found 0\.1"):
         check_schedule(run(*stages))
     check_schedule(run(stages[0], replace(stages[1], lr_end=0.05)))
 
