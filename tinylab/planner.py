@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tinylab.config.architecture import nearest_divisor
 from tinylab.config.presets import preset, scale_tokens, tinyllama_1b
-from tinylab.config.schema import RunConfig, nearest_divisor
+from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError
 from tinylab.model.accounting import FORMULAS, flops_per_token, memory_bytes, parameter_counts
 from tinylab.model.devices import Gpu, gpu_named

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from tinylab.config.architecture import nearest_divisor
 from tinylab.config.presets import preset, tiny
 from tinylab.config.schema import (
     Data,
@@ -19,7 +20,6 @@ from tinylab.config.schema import (
     Source,
     Stage,
     Validation,
-    nearest_divisor,
 )
 from tinylab.errors import ConfigError
 

@@ -60,6 +60,7 @@ def bench_parity(seed: int = 0, length: int = 101) -> dict[str, Any]:
 def _row(name: str, config: Model, seed: int, length: int) -> dict[str, Any]:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, config.vocab_size, (2, length), generator=generator)
     ours = Llama(config)
@@ -73,7 +74,7 @@ def _row(name: str, config: Model, seed: int, length: int) -> dict[str, Any]:
         save_weights(ours.state_dict(), config, folder)
         write_config(config, folder, bos_id=1, eos_id=2)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        theirs = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        theirs: Any = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
         ours, ours_bf16 = load_folder(folder), load_folder(folder, dtype=torch.bfloat16)
     wanted: Tensor = theirs(ids).logits
     fp32 = _largest(ours(ids), wanted)

@@ -12,7 +12,7 @@ from tyro.conf import UseAppendAction, arg
 
 from tinylab.cli.output import Answer, table, token_count
 from tinylab.config import presets
-from tinylab.config.io import load_run, override, parse_count, run_to_dict
+from tinylab.config.io import load_run, override, parse_count
 from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError, NothingFoundError
 from tinylab.runs.folder import Run, home, list_runs
@@ -40,11 +40,7 @@ def train_verb(
         set: override of any key, such as optimizer.lr=1e-3 (once per key).
     """
     folder = Run(run)
-    given = [preset, config, tokens, save_every, seed]
-    if folder.exists() and all(g is None for g in given) and not set:
-        resolved = folder.config
-    else:
-        resolved = resolve_config(folder, preset, config, tokens, save_every, seed, set)
+    resolved = resolve_config(folder, preset, config, tokens, save_every, seed, set)
     from tinylab.train.loop import train
 
     train(resolved, folder)
@@ -68,17 +64,16 @@ def resolve_config(
     seed: int | None,
     assignments: tuple[str, ...],
 ) -> RunConfig:
-    """The configuration that these options name.
+    """The configuration that these options name; without --preset and --config they change that of an existing run.
 
-    Raises ConfigError when they do not fit together, or when `run` exists with another configuration (naming every
-    key that differs).
+    Raises ConfigError when they do not fit together. Whether an existing run may go on with it, `train` decides.
     """
     if preset is not None and config is not None:
         raise ConfigError("give --preset or --config, not both: each is a whole configuration to start from")
     if config is not None:
         base = load_run(config)
     elif preset is None and run.exists():
-        base = presets.preset(run.config.preset) if run.config.preset in presets.PRESETS else run.config
+        base = run.config
     else:
         base = presets.preset(preset or "tiny")
     if tokens is not None:
@@ -87,30 +82,7 @@ def resolve_config(
         base = replace(base, saving=replace(base.saving, every_tokens=parse_count(save_every, "--save-every")))
     if seed is not None:
         base = replace(base, seed=seed)
-    resolved = override(base, assignments) if assignments else base
-    if run.exists():
-        changes = differences(run.config, resolved)
-        if changes:
-            raise ConfigError(
-                f"{run.path} was started with another configuration: {'; '.join(changes)}. "
-                f"Resume it with its own: tinylab train {run.path}, or choose another run folder"
-            )
-    return resolved
-
-
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """One line per key in which two configurations differ, with both values."""
-    before, after = _flat(run_to_dict(old)), _flat(run_to_dict(new))
-    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return [f"{key} is {before.get(key, 'absent')} there, {after.get(key, 'absent')} here" for key in keys]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value, for every leaf of nested dictionaries and lists."""
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, item in pairs for k, v in _flat(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
+    return override(base, assignments) if assignments else base
 
 
 def runs_verb(root: Annotated[str | None, arg(metavar="FOLDER")] = None, /) -> Answer:

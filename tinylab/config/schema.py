@@ -10,122 +10,22 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tinylab.config.architecture import Model, RopeScaling, require_positive
 from tinylab.errors import ConfigError
 
-
-def _positive(owner: str, **values: float) -> None:
-    """Raise ConfigError naming every value that is not a finite number above zero."""
-    bad = [f"{owner}.{k} = {v!r}" for k, v in values.items() if not (math.isfinite(v) and v > 0)]
-    if bad:
-        raise ConfigError(f"{', '.join(bad)}: must be finite and greater than 0")
-
-
-def nearest_divisor(of: int, near: int) -> int:
-    """The divisor of `of` that lies closest to `near` (the larger of two equally close)."""
-    near = min(near, of)
-    tried = (d for far in range(min(near, 10**6)) for d in (near + far, near - far))
-    return next((d for d in tried if of % d == 0), 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Rotary frequencies changed for longer contexts, as in Hugging Face's `rope_scaling`."""
-
-    rope_type: Literal["linear", "llama3"] = "llama3"
-    """`linear` divides positions by `factor`; `llama3` scales by wavelength (Llama 3.1)."""
-    factor: float = 8.0
-    """Ratio of the new context to the old one."""
-    low_freq_factor: float = 1.0
-    """llama3 only: wavelengths above original_seq_len / this are divided by `factor`."""
-    high_freq_factor: float = 4.0
-    """llama3 only: wavelengths below original_seq_len / this are kept."""
-    original_seq_len: int = 8192
-    """llama3 only: context of the model before scaling, in tokens."""
-
-    def __post_init__(self) -> None:
-        _positive(
-            "model.rope_scaling",
-            factor=self.factor,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-            original_seq_len=self.original_seq_len,
-        )
-        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ConfigError(
-                "model.rope_scaling.high_freq_factor must exceed low_freq_factor; found "
-                f"{self.high_freq_factor} and {self.low_freq_factor}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The shape of a Llama-2 model. Defaults are TinyLlama-1.1B (jzhang38/TinyLlama:lit_gpt/config.py)."""
-
-    vocab_size: int = 32_000
-    """Entries of the tokenizer, and rows of embedding and head."""
-    n_layer: int = 22
-    """Transformer blocks."""
-    d_model: int = 2048
-    """Width of the residual stream."""
-    n_head: int = 32
-    """Query heads."""
-    n_kv_head: int = 4
-    """Key and value heads (grouped-query attention)."""
-    d_ff: int = 5632
-    """Width of the SwiGLU."""
-    d_head: int | None = None
-    """Size of one head; absent: d_model / n_head."""
-    seq_len: int = 2048
-    """Context in tokens: length of a training sequence, and the longest that is promised."""
-    norm_eps: float = 1e-5
-    """Epsilon of RMSNorm."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling | None = None
-    """Absent: the plain rotary embedding of Llama 2."""
-    tie_embeddings: bool = False
-    """Whether embedding and head are one matrix."""
-    init: Literal["tinyllama", "normal"] = "tinyllama"
-    """`tinyllama`: std sqrt(2/(5 d)), and 1/(sqrt(d) L) for attention output and MLP down; `normal`: `init_std`."""
-    init_std: float = 0.02
-    """Standard deviation of `init = "normal"` (transformers' default)."""
-
-    def __post_init__(self) -> None:
-        _positive(
-            "model",
-            vocab_size=self.vocab_size,
-            n_layer=self.n_layer,
-            d_model=self.d_model,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            d_ff=self.d_ff,
-            seq_len=self.seq_len,
-            norm_eps=self.norm_eps,
-            rope_theta=self.rope_theta,
-            init_std=self.init_std,
-        )
-        if self.d_head is not None:
-            _positive("model", d_head=self.d_head)
-        if self.d_head is None and self.d_model % self.n_head:
-            raise ConfigError(
-                f"model.n_head ({self.n_head}) must divide model.d_model ({self.d_model}); "
-                f"nearest valid: {nearest_divisor(self.d_model, self.n_head)}"
-            )
-        if self.n_head % self.n_kv_head:
-            raise ConfigError(
-                f"model.n_kv_head ({self.n_kv_head}) must divide model.n_head ({self.n_head}); "
-                f"nearest valid: {nearest_divisor(self.n_head, self.n_kv_head)}"
-            )
-        if self.head_size % 2:
-            raise ConfigError(
-                f"the head size must be even for rotary embeddings; found {self.head_size}: "
-                "change model.d_head, model.d_model or model.n_head"
-            )
-
-    @property
-    def head_size(self) -> int:
-        """Size of one attention head (D)."""
-        return self.d_head if self.d_head is not None else self.d_model // self.n_head
+__all__ = [
+    "Data",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "RopeScaling",
+    "RunConfig",
+    "Saving",
+    "Schedule",
+    "Source",
+    "Stage",
+    "Validation",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +47,7 @@ class Source:
                 f"data.sources.corpus must begin with local:, files: or hf:; found {self.corpus!r} (source {self.name})"
             )
         if self.limit_mb is not None:
-            _positive(f"data.sources.{self.name}", limit_mb=self.limit_mb)
+            require_positive(f"data.sources.{self.name}", limit_mb=self.limit_mb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +75,7 @@ class Data:
     """Key of the validation split and of the order of documents in the shards."""
 
     def __post_init__(self) -> None:
-        _positive("data", vocab_size=self.vocab_size)
+        require_positive("data", vocab_size=self.vocab_size)
         if not self.sources:
             raise ConfigError("data.sources must name at least one source; found none")
         names = [s.name for s in self.sources]
@@ -215,7 +115,7 @@ class Stage:
     """End of a linear or cosine segment as a fraction of optimizer.lr; absent: the schedule's end."""
 
     def __post_init__(self) -> None:
-        _positive(f"stages.{self.name}", tokens=self.tokens, batch_tokens=self.batch_tokens)
+        require_positive(f"stages.{self.name}", tokens=self.tokens, batch_tokens=self.batch_tokens)
         if self.ramp_tokens < 0 or self.ramp_tokens > self.tokens:
             raise ConfigError(
                 f"stages.{self.name}.ramp_tokens must lie between 0 and the stage's tokens ({self.tokens}); "
@@ -285,13 +185,13 @@ class Optimizer:
     """Gradients are scaled down to this global norm; absent: no clipping. TinyLlama: 1.0."""
 
     def __post_init__(self) -> None:
-        _positive("optimizer", lr=self.lr, eps=self.eps)
+        require_positive("optimizer", lr=self.lr, eps=self.eps)
         if not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"optimizer.betas must lie in [0, 1); found {self.betas}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"optimizer.weight_decay must be finite and at least 0; found {self.weight_decay}")
         if self.clip_norm is not None:
-            _positive("optimizer", clip_norm=self.clip_norm)
+            require_positive("optimizer", clip_norm=self.clip_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,9 +212,9 @@ class Parallel:
     """Several ranks: `ddp` replicates, `fsdp` shards (FSDP2); `auto`: ddp on the CPU, fsdp on GPUs."""
 
     def __post_init__(self) -> None:
-        _positive("parallel", micro_batch=self.micro_batch)
+        require_positive("parallel", micro_batch=self.micro_batch)
         if self.threads is not None:
-            _positive("parallel", threads=self.threads)
+            require_positive("parallel", threads=self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +229,7 @@ class Saving:
     """Newest regular checkpoints to keep; early, stage-end and milestone ones stay. Absent: all."""
 
     def __post_init__(self) -> None:
-        _positive("saving", every_tokens=self.every_tokens)
+        require_positive("saving", every_tokens=self.every_tokens)
         if self.keep is not None and self.keep < 1:
             raise ConfigError(f"saving.keep must be at least 1, or absent to keep all; found {self.keep}")
 
@@ -344,7 +244,7 @@ class Validation:
     """Validation sequences per measurement, always the same; fewer if the split has fewer."""
 
     def __post_init__(self) -> None:
-        _positive("validation", every_tokens=self.every_tokens, sequences=self.sequences)
+        require_positive("validation", every_tokens=self.every_tokens, sequences=self.sequences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +255,7 @@ class RunConfig:
     """Name of the preset that this configuration started from."""
     seed: int = 3407
     """Key of the weights' initialization and of the order of samples (TinyLlama: 3407)."""
-    model: Model = Model()
+    model: Model = field(default_factory=Model)
     data: Data = Data()
     stages: tuple[Stage, ...] = (Stage(),)
     """Stretches of the run, in order."""
