@@ -56,11 +56,11 @@ def test_every_preset_scales_to_any_length(name, tokens):
 
 
 def test_scaling_keeps_the_proportions_of_stages_ramps_and_warm_up():
-    run = preset("demo", tokens=2 * 2_097_152)
-    assert [s.tokens for s in run.stages] == [2 * 1_605_632, 2 * 491_520]
+    run = preset("demo", tokens=2 * 2_007_040)
+    assert [s.tokens for s in run.stages] == [2 * 1_499_136, 2 * 507_904]
     assert run.stages[1].ramp_tokens == 2 * 81_920
     assert run.schedule.warmup_tokens == 80_000  # a longer run keeps its warm-up
-    assert preset("demo", tokens=2_097_152 // 2).schedule.warmup_tokens == 40_000
+    assert preset("demo", tokens=2_007_040 // 2).schedule.warmup_tokens == 40_000
 
 
 def test_names_may_be_spelled_with_dots_and_dashes():

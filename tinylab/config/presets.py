@@ -105,16 +105,16 @@ def demo() -> RunConfig:
         base,
         preset="demo",
         stages=(
-            Stage(name="basic", tokens=1_605_632, batch_tokens=4096, mixture={"prose": 0.7, "code": 0.3}),
+            Stage(name="basic", tokens=1_499_136, batch_tokens=4096, mixture={"prose": 0.7, "code": 0.3}),
             Stage(
                 name="cooldown",
-                tokens=491_520,
+                tokens=507_904,
                 batch_tokens=8192,
                 mixture={"prose": 0.5, "code": 0.5},
                 ramp_tokens=81_920,
             ),
         ),
-        saving=Saving(every_tokens=401_408),
+        saving=Saving(every_tokens=374_784),
     )
 
 
