@@ -30,14 +30,25 @@ def shares(parts: Mapping[str, Mapping[str, int]], title: str, unit: str = "para
         ax.bar_label(bars, texts, label_type="center", fontsize=8, color="white" if i % 8 in (0, 2, 5) else "black")
         left += width
     for row, total in enumerate(totals):
-        ax.annotate(f"{format_count(total)} {unit}", (100, row), xytext=(6, 0), textcoords="offset points",
+        ax.annotate(_total(total, unit), (100, row), xytext=(6, 0), textcoords="offset points",
                     va="center", fontsize=9, color=FAINT, annotation_clip=False)  # fmt: skip
     ax.set_xlim(0, 100)
     ax.set_ylim(len(parts) - 0.5, -0.5)
     ax.set_xlabel("share (%)")
     ax.grid(False, axis="y")
-    ax.legend(ncols=min(len(names), 6), loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False, fontsize=8.5)
+    ax.legend(ncols=len(names), loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False, fontsize=8.5,
+              handlelength=1.2, columnspacing=1.0, handletextpad=0.5)  # fmt: skip
     return figure
+
+
+def _total(value: float, unit: str) -> str:
+    """`1.1B parameters`, or `51.6 GB` (10^9) where the unit is bytes."""
+    if unit != "bytes":
+        return f"{format_count(value)} {unit}"
+    for limit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if value >= limit:
+            return f"{value / limit:.3g} {name}"
+    return f"{value:.0f} bytes"
 
 
 def series_audit(audit: Any) -> LabFigure:
