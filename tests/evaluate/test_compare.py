@@ -112,7 +112,7 @@ def test_missing_results_are_scored_first_unless_told_not_to(lab, tmp_path):
     with pytest.raises(NothingFoundError, match="holds no results of small@4"):
         compare(a, b, store=tmp_path, evaluate_missing=False, progress=False)
     comparison = compare(a, b, store=tmp_path, progress=False)
-    assert [row["task"] for row in comparison.rows()] == ["continuation", "docstring"]
+    assert [row["task"] for row in comparison.rows()] == ["continuation", "code"]
     document = json.loads(json.dumps(comparison.document()))
     assert document["a"]["label"] == "small@4" and document["family_size"] == 2 and not document["same_weights"]
     assert all({"prompt", "choices", "origin"} <= set(flip) for flip in document["flips"])

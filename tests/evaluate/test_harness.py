@@ -54,13 +54,14 @@ def _assert_same_answers(ours: list[dict], theirs: list[dict]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_likelihoods_and_choices_equal_lm_evals_own_backend_on_probes(lab):
+@pytest.mark.parametrize("name", ["continuation", "code"])
+def test_likelihoods_and_choices_equal_lm_evals_own_backend_on_probes(lab, name):
     folder = lab.checkpoints[0]
     tokenizer = load_tokenizer(folder)
     lm = TinylabLM(load_model(folder), tokenizer, max_tokens=700)
-    items = build_probe(lab.shards, "continuation")[:8]
-    ours, _ = run_task(lm, probe("continuation", items, "test"))
-    theirs, _ = run_task(_hflm(folder, tokenizer.eos_id), probe("continuation", items, "test"))
+    items = build_probe(lab.shards, name)[:8]
+    ours, _ = run_task(lm, probe(name, items, "test"))
+    theirs, _ = run_task(_hflm(folder, tokenizer.eos_id), probe(name, items, "test"))
     _assert_same_answers(ours, theirs)
 
 
@@ -180,7 +181,7 @@ def test_a_killed_evaluation_keeps_its_finished_tasks(lab, tmp_path, monkeypatch
     run_task = scoring.run_task
 
     def killed(lm, task, limit=None):
-        if task.name == "docstring":
+        if task.name == "code":
             raise KeyboardInterrupt
         return run_task(lm, task, limit)
 

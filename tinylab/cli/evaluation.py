@@ -30,7 +30,8 @@ def evaluate_verb(
 
     Args:
         refs: models: folders, RUN (its newest checkpoint), RUN@STEP, RUN@1.5M (tokens).
-        tasks: probes (offline, from held-out documents), benchmarks, or names of their tasks.
+        tasks: probes (continuation and code: offline, from held-out documents), benchmarks, or names of tasks; the
+            probe docstring, too hard for a model of a few million parameters, is scored only by name.
         store: folder of results; default: a run's own evaluations/, else evaluations/ in TINYLAB_HOME.
         data: data folder that the probes are made from; default: that of the run.
         data_dir: folder of <task>.jsonl files for the benchmarks; default: the Hub.

@@ -12,6 +12,7 @@ from tinylab.evaluate.harness import evaluate
 from tinylab.evaluate.profile import Profile
 from tinylab.evaluate.scoring import Scoring
 from tinylab.evaluate.store import Record, ResultStore, default_store, open_store
+from tinylab.evaluate.tasks import BENCHMARK_FILES, PROBES
 
 __all__ = ["Comparison", "compare", "compare_records"]
 
@@ -81,9 +82,11 @@ def compare(
 
 
 def _held(reference: Reference, store: ResultStore) -> list[Record]:
-    """What a store holds for a model, found by its weights."""
+    """What a store holds for a model, found by its weights; tasks in the order in which they are scored."""
     records = store.records()
     if not records:
         return []
     weights = Scoring(reference, store, Profile(name="any")).weights
-    return [r for r in records if r.key.weights == weights]
+    places = {task: i for i, task in enumerate([*PROBES, *BENCHMARK_FILES])}
+    held = (r for r in records if r.key.weights == weights)
+    return sorted(held, key=lambda r: places.get(r.key.task, len(places)))

@@ -37,7 +37,7 @@ def evaluate(
     """The stored records of every model on every task, computed where the store lacks them.
 
     ref: a REF or several; with `all_checkpoints` each must be a run, and every checkpoint of it is scored.
-    tasks: `probes`, `benchmarks`, or names of their tasks.
+    tasks: `probes` (`continuation` and `code`), `benchmarks`, or names of their tasks or of the probe `docstring`.
     store: default RUN/evaluations, else TINYLAB_HOME/evaluations.
     data: prepared data that the probes come from; default: that of the run. data_dir: `<task>.jsonl` files of the
     benchmarks; absent: the Hub. limit: the first so many items of each task. max_tokens: padded tokens of a batch.

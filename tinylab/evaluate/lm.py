@@ -6,7 +6,7 @@ Letters: N requests of a batch, T tokens, C model width, V vocabulary.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from tinylab.data.tokenizer import Tokenizer
 from tinylab.errors import EvaluationError
+from tinylab.evaluate.batches import Batch, Row, batches
+from tinylab.model.generate import KVCache, generate_ids
 from tinylab.model.transformer import Llama
 
 LOGITS_AT_ONCE = 2**21
@@ -30,7 +32,8 @@ class TinylabLM(TemplateLM):
 
     add_bos: whether BOS goes before every prompt, decided here and nowhere else (lm-eval's default changed in 2025).
     prefix_id: what an empty context becomes; absent: EOS, or BOS where there is no EOS.
-    max_tokens: padded tokens of a batch. Requests of equal length lie together, and equal inputs run once.
+    max_tokens: padded tokens of a batch. Equal inputs run once, and so does the context of several choices
+    (evaluate/batches.py).
     Left truncation is counted: `truncated` holds the requests that lost tokens of their context.
     """
 
@@ -96,11 +99,11 @@ class TinylabLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding would say just that) of each continuation."""
-        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        rows: dict[Row, list[int]] = {}
         for i, (texts, context, continuation) in enumerate(requests):
             if not continuation:
                 raise EvaluationError(f"a choice must have at least one token; found {texts[1]!r} after {texts[0]!r}")
-            whole = context + continuation
+            whole = (context or [self.prefix_id]) + continuation
             if len(continuation) > self.max_length:
                 raise EvaluationError(
                     f"a choice of {len(continuation)} tokens does not fit the model's {self.max_length}; "
@@ -111,33 +114,53 @@ class TinylabLM(TemplateLM):
                 whole = whole[-(self.max_length + 1) :]
             rows.setdefault((tuple(whole), len(continuation)), []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        batches = list(_batches(sorted(rows, key=lambda r: (-len(r[0]), r[0])), self.max_tokens))
+        planned = list(batches(rows, self.max_tokens))
         for batch in tqdm(
-            batches, desc="scoring", unit="batch", disable=not self.progress, file=sys.stderr, leave=False
+            planned, desc="scoring", unit="batch", disable=not self.progress, file=sys.stderr, leave=False
         ):
-            for row, answer in zip(batch, self._score(batch), strict=True):
+            for row, answer in zip(batch.rows, self._score(batch), strict=True):
                 for i in rows[row]:
                     answers[i] = answer
         return answers
 
     @torch.inference_mode()
-    def _score(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[tuple[float, bool]]:
-        """Answers of rows (ids, tokens of the continuation): the head runs on the continuations only."""
-        width = len(batch[0][0]) - 1
-        ids = torch.zeros((len(batch), width), dtype=torch.int64)
-        where, targets = [], []
-        for i, (whole, count) in enumerate(batch):
-            ids[i, : len(whole) - 1] = torch.tensor(whole[:-1])
-            where += [i * width + t for t in range(len(whole) - 1 - count, len(whole) - 1)]
-            targets += whole[-count:]
-        hidden = self.model.hidden(ids.to(self._device)).flatten(0, 1)
-        hidden = hidden[torch.tensor(where, device=self._device)]  # (N·, C)
-        losses, greedy = self._targets(hidden, torch.tensor(targets, device=self._device))
-        counts = [count for _, count in batch]
+    def _score(self, batch: Batch) -> list[tuple[float, bool]]:
+        """Answers of a batch's rows: the head runs where a token of a continuation is predicted, and nowhere else."""
+        hidden = self._hidden_shared(batch.rows, batch.shared) if batch.shared else self._hidden(batch.rows)
+        targets = torch.tensor([t for ids, count in batch.rows for t in ids[-count:]], device=self._device)
+        losses, greedy = self._targets(hidden, targets)
+        counts = [count for _, count in batch.rows]
         return [
             (float(part.sum()), bool(hit.all()))
             for part, hit in zip(losses.split(counts), greedy.split(counts), strict=True)
         ]
+
+    def _hidden(self, rows: Sequence[Row]) -> Tensor:
+        """What the head reads (sum of counts, C), row after row; every row runs whole."""
+        ids = _padded([ids[:-1] for ids, _ in rows])
+        width = ids.shape[1]
+        ends = [i * width + len(ids) - 1 for i, (ids, _) in enumerate(rows)]
+        where = [t for end, (_, count) in zip(ends, rows, strict=True) for t in range(end - count, end)]
+        hidden = self.model.hidden(ids.to(self._device)).flatten(0, 1)
+        return hidden[torch.tensor(where, device=self._device)]
+
+    def _hidden_shared(self, rows: Sequence[Row], length: int) -> Tensor:
+        """The same for rows whose contexts are all of `length` tokens: each different context runs once.
+
+        Its last token predicts the first of every continuation; the others run on copies of its keys and values,
+        padded on the right, where no token of theirs looks.
+        """
+        places: dict[tuple[int, ...], int] = {}
+        owners = [places.setdefault(ids[:length], len(places)) for ids, _ in rows]
+        owner, weight = torch.tensor(owners, device=self._device), self.model.embed.weight
+        cache = KVCache(self.model.config, len(places), length, device=self._device, dtype=weight.dtype)
+        hidden = self.model.hidden(torch.tensor(list(places), device=self._device), cache=cache)[:, -1:][owner]
+        rest = _padded([ids[length:-1] for ids, _ in rows]).to(self._device)
+        if rest.shape[1]:
+            copies = _copies(cache, owner, self.model, length + rest.shape[1])
+            hidden = torch.cat([hidden, self.model.hidden(rest, cache=copies)], dim=1)
+        counts = torch.tensor([count for _, count in rows], device=self._device)
+        return hidden[torch.arange(hidden.shape[1], device=self._device) < counts[:, None]]
 
     def _targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each target in nats, fp64 on the CPU, and whether it is the most likely id."""
@@ -166,8 +189,6 @@ class TinylabLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, each cut before the first of its `until` strings."""
-        from tinylab.model.generate import generate_ids
-
         results = []
         for context, settings in (request.args for request in requests):
             until = settings.get("until") or []
@@ -193,15 +214,19 @@ def _spellings(context: str, choice: str) -> tuple[str, ...]:
     return (context + choice, context.rstrip()) if context else (choice,)
 
 
-def _batches(
-    rows: Sequence[tuple[tuple[int, ...], int]], max_tokens: int
-) -> Iterator[list[tuple[tuple[int, ...], int]]]:
-    """Runs of rows, longest first, whose padded size stays within max_tokens (at least one row each)."""
-    batch: list[tuple[tuple[int, ...], int]] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * (len(batch[0][0]) - 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Ids (N, T), int64, filled up with zeros on the right."""
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return ids
+
+
+def _copies(cache: KVCache, owner: Tensor, model: Llama, size: int) -> KVCache:
+    """A cache with room for `size` tokens whose row i holds what row owner[i] of `cache` holds."""
+    copies = KVCache(model.config, len(owner), size, device=owner.device, dtype=cache.keys[0].dtype)
+    for ours, theirs in ((copies.keys, cache.keys), (copies.values, cache.values)):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine[:, :, : cache.length] = other[owner, :, : cache.length]
+    copies.length = cache.length
+    return copies

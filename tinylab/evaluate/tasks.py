@@ -27,8 +27,9 @@ BENCHMARK_FILES = {
     "piqa": ("piqa/piqa.yaml", "validation"),
 }
 """lm-eval's built-in file and the split that is scored."""
-PROBES = ("continuation", "docstring")
-GROUPS = {"probes": PROBES, "benchmarks": tuple(BENCHMARK_FILES)}
+PROBES = ("continuation", "code", "docstring")
+GROUPS = {"probes": ("continuation", "code"), "benchmarks": tuple(BENCHMARK_FILES)}
+"""The probe `docstring` is in none: models of a few million parameters stay near chance on it."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ def probe_config(name: str) -> dict[str, Any]:
         "dataset_path": "json",
         "output_type": "multiple_choice",
         "validation_split": "validation",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
+        "doc_to_text": "context",  # names of fields: a template is compiled again for every item
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "target_delimiter": "\n" if name == "code" else " ",
         "metric_list": [
             {"metric": m, "aggregation": "mean", "higher_is_better": True}
             for m in ("acc", "acc_norm", "acc_mutual_info")
