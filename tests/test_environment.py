@@ -134,7 +134,7 @@ def tracked_files() -> list[Path]:
 
 
 def test_no_tracked_file_names_a_private_path():
-    # Written in pieces, so that this file does not find itself. Container files own their /work.
+    # Written in pieces, so that this file does not find itself.
     private = re.compile(
         "|".join(
             [
