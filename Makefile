@@ -45,7 +45,7 @@ $(STAMP): $(VENV)
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --progress-bar off \
 	  -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -e ".[notebook,evaluate,dev]"
 	@$(BIN)/python -m ipykernel install --sys-prefix --name tinylab --display-name tinylab \
-	  --env OMP_WAIT_POLICY PASSIVE >/dev/null
+	  --env GOMP_SPINCOUNT 1000 >/dev/null
 	@rm -f .venv/.setup-* && touch $@
 	@echo "ready: $(BIN)/tinylab --help"
 
@@ -65,7 +65,7 @@ stress: setup
 
 # Local only, with Jupyter's token; papermill and the kernel find runs in the folder of this file.
 lab: setup
-	TINYLAB_HOME="$${TINYLAB_HOME:-$(CURDIR)}" OMP_WAIT_POLICY=PASSIVE $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+	TINYLAB_HOME="$${TINYLAB_HOME:-$(CURDIR)}" GOMP_SPINCOUNT=1000 $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
 	  --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None $(LAB_ARGS)
 
 notebooks: setup
