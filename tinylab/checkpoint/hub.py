@@ -129,7 +129,7 @@ def disk_use(cache: Path | None = None) -> list[dict[str, Any]]:
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        info = scan_cache_dir(cache)
+        info = scan_cache_dir(cache or _default_cache())
     except CacheNotFound:
         return []
     rows = [
@@ -164,6 +164,6 @@ def remove(repository: str, revision: str | None = None, *, cache: Path | None =
     if not commits:
         what = repository if revision is None else f"{repository}@{revision}"
         raise NothingFoundError(f"{what} must be in the cache to be removed; `tinylab checkpoints` lists what is")
-    plan = scan_cache_dir(cache).delete_revisions(*commits)
+    plan = scan_cache_dir(cache or _default_cache()).delete_revisions(*commits)
     plan.execute()
     return plan.expected_freed_size

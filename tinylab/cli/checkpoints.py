@@ -1,96 +1,18 @@
-"""Verbs `checkpoints`, `verify`, `convert` and `generate`."""
+"""Verbs `verify`, `convert` and `generate`."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from tinylab.cli.output import Answer, byte_count, table
+from tinylab.cli.output import Answer
 from tinylab.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, NothingFoundError
-from tinylab.runs.durable import read_lines, write_atomic
-from tinylab.runs.folder import Run, list_runs, resolve_run, step_of
+from tinylab.runs.durable import read_lines
+from tinylab.runs.folder import Run, resolve_run, step_of
 from tinylab.runs.manifest import MANIFEST, verify_folder
-
-
-def checkpoints_verb(
-    runs: Annotated[tuple[str, ...], arg(metavar="RUN")] = (),
-    /,
-    published: bool = False,
-    audit: bool = False,
-    figure: Path | None = None,
-) -> Answer:
-    """List the checkpoints of runs: step, tokens, stage, size, and whether the optimizer state is there.
-
-    Args:
-        runs: run folders, or names below runs/; default: all of them. With --audit also single REFs, in any order.
-        published: list the published milestones instead: TinyLlama's and Pythia's.
-        audit: read every tensor: is this series what it claims to be? Exit code 1 if it is not.
-        figure: with --audit, a PNG of the distances between all checkpoints.
-    """
-    if figure is not None and not audit:
-        raise ConfigError("--figure needs --audit: it draws what the audit measured")
-    if published:
-        return _published()
-    if audit:
-        return _audit(runs, figure)
-    chosen = [Run(r).require() for r in runs] if runs else list_runs()
-    rows = [checkpoint_row(run, path) for run in chosen for path in run.checkpoints()]
-    if not rows:
-        where = ", ".join(str(r.path) for r in chosen) or "runs/"
-        raise NothingFoundError(f"{where} must hold committed checkpoints; found none. Train first: tinylab train RUN")
-    shown = [{**r, "size": byte_count(r["bytes"]), "ref": f"{r['run']}@{r['step']}"} for r in rows]
-    return Answer(rows, table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"]))
-
-
-def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
-    """The audit of a series as a table, its problems as messages."""
-    from tinylab.checkpoint.audit import audit_series
-
-    if not refs:
-        raise ConfigError("--audit needs the series: a run, or two REFs and more; found none")
-    found = audit_series(refs, progress=lambda line: print(line, file=sys.stderr))
-    if figure is not None:
-        from tinylab import plots
-
-        write_atomic(figure.expanduser().absolute(), plots.series_audit(found).png())
-    document = {"ok": found.ok, "rows": found.table, "problems": [dataclasses.asdict(p) for p in found.problems]}
-    document |= {"compared": found.compared, "distance": found.distance.tolist()}
-    shown = [{**row, "hash": row["hash"] and row["hash"][:12]} for row in found.table]
-    lines = [table(shown, ["label", "step", "tokens", "hash", "norm", "change", "bend", "nan"])]
-    lines += [f"{p.kind}: {p.message}" for p in found.problems] or ["no problem found"]
-    return Answer(document, "\n".join(lines), 0 if found.ok else EXIT_FAILED)
-
-
-def _published() -> Answer:
-    """The published milestones with the REF that names each."""
-    from tinylab.checkpoint.registry import PUBLISHED
-
-    rows = [{"ref": m.name, **dataclasses.asdict(m)} for m in PUBLISHED]
-    shown = [{**r, "hub": f"{r['repository']}@{r['revision']}"} for r in rows]
-    return Answer(rows, table(shown, ["ref", "step", "tokens", "stage", "architecture", "hub"]))
-
-
-def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
-    """What a checkpoint's own files say: run, step, tokens, stage, bytes of the folder, optimizer state or not."""
-    trainer = path / "trainer"
-    try:
-        record = json.loads((trainer / "trainer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
-    return {
-        "run": run.name,
-        "step": step_of(path.name),
-        "tokens": record.get("tokens"),
-        "stage": record.get("stage"),
-        "bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
-        "optimizer": any(trainer.glob("*.safetensors")),
-        "path": str(path),
-    }
 
 
 def verify_verb(path: Annotated[str, arg(metavar="PATH")], /) -> Answer:

@@ -1,0 +1,102 @@
+"""The verb `checkpoints`: published milestones, the audit, the cache of downloads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tinylab.checkpoint.huggingface import save_weights, write_config
+from tinylab.cli import main
+from tinylab.config.schema import Model
+from tinylab.model.transformer import Llama
+
+CONFIG = Model(vocab_size=64, n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=24, seq_len=16)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the Hub, offline."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, object, str]:
+    """Exit code, JSON document and messages of a command."""
+    capsys.readouterr()
+    code = main(["checkpoints", *arguments, "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else None, " ".join(err.split())
+
+
+def test_published_milestones_carry_their_own_mean_score_only(capsys: pytest.CaptureFixture[str]):
+    code, rows, _ = answer(capsys, "--published")
+    assert code == 0 and isinstance(rows, list)
+    means = {row["ref"]: row["mean_score"] for row in rows}
+    assert means["tinyllama-1.1b@1430512"] == "52.99"
+    assert means["pythia-1b@143000"] == "48.30"
+    assert [ref for ref, mean in means.items() if mean and ref.startswith("pythia")] == ["pythia-1b@143000"]
+
+
+def test_a_duplicate_in_a_series_is_named_and_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths = [tmp_path / name for name in ("first", "second")]
+    model = Llama(CONFIG)
+    model.init_weights(0)
+    save_weights(model.state_dict(), CONFIG, paths[0])
+    write_config(CONFIG, paths[0])
+    shutil.copytree(*paths)
+    picture = tmp_path / "audit.png"
+    code, found, _ = answer(capsys, *map(str, paths), "--audit", "--figure", str(picture))
+    assert code == 1 and isinstance(found, dict)
+    assert [p["kind"] for p in found["problems"]] == ["duplicate"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--figure", "a.png"], "--figure needs --audit"),
+        (["--audit", "--cached"], "give one of --published, --audit"),
+        (["--audit"], "--audit needs REFs"),
+        (["--remove"], "needs REFs"),
+    ],
+)
+def test_options_that_do_not_fit_are_wrong_usage(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    code, _, err = answer(capsys, *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_an_empty_cache_is_nothing_found(cache: Path, capsys: pytest.CaptureFixture[str]):
+    assert answer(capsys, "--cached")[0] == 3
+    code, _, err = answer(capsys, "tinyllama-1.1b@1T", "--remove")
+    assert code == 3
+    assert "PY007/TinyLlama-1.1B-intermediate-step-480k-1T@main must be in the cache to be removed" in err
+    code, _, err = answer(capsys, "tinyllama-1.1b@1T", "--fetch")
+    assert code == 3
+    assert "PY007/TinyLlama-1.1B-intermediate-step-480k-1T" in err
+
+
+def test_a_cached_model_is_listed_and_removed(cache: Path, capsys: pytest.CaptureFixture[str]):
+    commit = "a" * 40
+    home = cache / "models--PY007--TinyLlama-1.1B-intermediate-step-480k-1T"
+    (home / "blobs").mkdir(parents=True)
+    (home / "blobs" / "b").write_bytes(b"x" * 100)
+    (home / "snapshots" / commit).mkdir(parents=True)
+    (home / "snapshots" / commit / "config.json").symlink_to("../../blobs/b")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    code, rows, _ = answer(capsys, "--cached")
+    assert code == 0 and isinstance(rows, list)
+    assert [(r["bytes"], r["revisions"]) for r in rows] == [(100, "main")]
+    code, rows, _ = answer(capsys, "tinyllama-1.1b@1T", "--remove")
+    assert (code, rows) == (0, [{"ref": "tinyllama-1.1b@1T", "bytes": 100}])
+    assert answer(capsys, "--cached")[0] == 3
