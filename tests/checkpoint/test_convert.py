@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tinylab.checkpoint import litgpt
 from tinylab.checkpoint.convert import Format, convert
-from tinylab.checkpoint.formats import open_weights
-from tinylab.checkpoint.huggingface import load_folder, save_weights, write_config
+from tinylab.checkpoint.formats import load_folder, open_weights
+from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.checkpoint.lazy import load_weights
 from tinylab.config.schema import Model
 from tinylab.errors import CheckpointError, ConfigError

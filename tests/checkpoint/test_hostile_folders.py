@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tinylab.checkpoint.formats import open_weights
-from tinylab.checkpoint.huggingface import load_folder, save_weights, write_config
+from tinylab.checkpoint.formats import load_folder, open_weights
+from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.config.schema import Model
 from tinylab.errors import CheckpointError
 from tinylab.model.transformer import Llama

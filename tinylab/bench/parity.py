@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylab.checkpoint.huggingface import load_folder, save_weights, write_config
+from tinylab.checkpoint.formats import load_folder
+from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.config.schema import Model, RopeScaling
 from tinylab.model.generate import generate_ids
 from tinylab.model.transformer import Llama

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tinylab.checkpoint import litgpt
-from tinylab.checkpoint.formats import open_weights
-from tinylab.checkpoint.huggingface import load_folder, save_weights, write_config
+from tinylab.checkpoint.formats import load_folder, open_weights
+from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.checkpoint.lazy import load_weights
 from tinylab.checkpoint.reference import Reference, resolve_reference
 from tinylab.errors import CheckpointError, ConfigError

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import torch
 
 from tinylab.checkpoint import litgpt, llama2c
 from tinylab.checkpoint.huggingface import model_from_config, read_header, weight_files
-from tinylab.checkpoint.lazy import LazyTensor, Weights
+from tinylab.checkpoint.lazy import LazyTensor, Weights, load_weights
 from tinylab.checkpoint.torchzip import TorchArchive
 from tinylab.errors import CheckpointError
+from tinylab.model.transformer import Llama
 
 MAX_INDEX_BYTES = 10_000_000
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -38,6 +36,14 @@ def open_weights(path: str | Path) -> Weights:
     return opened.check()
 
 
+def load_folder(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
+    """The model in a folder, in eval mode and in memory of its own, so that it may be trained and its folder removed.
+
+    dtype: absent, the one stored (float32 if several are). Raises CheckpointError as `open_weights` does.
+    """
+    return load_weights(open_weights(folder), device, dtype, copy=True)
+
+
 def _has_pickles_only(folder: Path) -> bool:
     pickled = (folder / _PICKLED_INDEX).is_file() or (folder / "pytorch_model.bin").is_file()
     return pickled and not any(folder.glob("*.safetensors"))
@@ -48,42 +54,11 @@ def _safetensors(folder: Path) -> Weights:
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(folder):
         path = folder / file
-        header, read, places = read_header(path), _reader(path), _places(path)
-        for name, (dtype, shape) in header.items():
+        for name, (dtype, shape, start) in read_header(path).items():
             if name in tensors:
                 raise CheckpointError(f"{folder} must hold {name} once; found it in two files")
-            tensors[name] = LazyTensor(shape, dtype, read(name), place=(path, places[name]))
+            tensors[name] = LazyTensor.stored(path, start, shape, dtype)
     return Weights(model, tensors, str(folder))
-
-
-def _places(path: Path) -> dict[str, int]:
-    """The byte at which each tensor of a safetensors file begins, after the library has checked the whole header."""
-    try:
-        safe_open(str(path), framework="pt")
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _reader(path: Path) -> Callable[[str], Callable[[], Tensor]]:
-    """Functions that read single tensors of one safetensors file, which is opened when the first is asked for."""
-    opened: list[Any] = []
-
-    def of(name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            try:
-                if not opened:
-                    opened.append(safe_open(str(path), framework="pt"))
-                return opened[0].get_tensor(name)
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise CheckpointError(f"cannot read {name} from {path}: {error}. Copy the file again") from error
-
-        return read
-
-    return of
 
 
 def _pickled(folder: Path) -> Weights:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +21,10 @@ from torch import Tensor
 from tinylab.checkpoint.huggingface_config import model_from_config, write_config
 from tinylab.config.schema import Model
 from tinylab.errors import CheckpointError
-from tinylab.model.transformer import Llama
 from tinylab.runs.durable import disk_error
 
 __all__ = [
-    "from_huggingface",
-    "load_folder",
+    "StoredTensor",
     "model_from_config",
     "name_map",
     "read_header",
@@ -41,8 +38,6 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 10_000_000
 MAX_INDEX_BYTES = 10_000_000
 MAX_SHARD_BYTES = 5_000_000_000
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Buffers in old checkpoints that follow from the configuration."""
 _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -77,6 +72,15 @@ def name_map(config: Model) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]
     return names
 
 
+class StoredTensor(NamedTuple):
+    """What the header of a safetensors file says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """The byte of the file at which its values begin."""
+
+
 def to_huggingface(state: Mapping[str, Tensor], config: Model) -> dict[str, Tensor]:
     """Our state as Hugging Face's names: views of the same memory, nothing is copied."""
     result: dict[str, Tensor] = {}
@@ -84,95 +88,6 @@ def to_huggingface(state: Mapping[str, Tensor], config: Model) -> dict[str, Tens
         rows = state[name].detach().split([shape[0] for _, shape in parts])
         result |= {part: piece for (part, _), piece in zip(parts, rows, strict=True)}
     return result
-
-
-def from_huggingface(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: Model) -> dict[str, Tensor]:
-    """Our state from Hugging Face's tensors, in their dtype. Tensors may come one by one as (name, tensor) pairs.
-
-    Raises CheckpointError listing every missing, unexpected and misshaped tensor.
-    """
-    pairs = cast("Iterable[tuple[str, Tensor]]", tensors.items() if isinstance(tensors, Mapping) else tensors)
-    items = dict(pairs)
-    _check_names({k: tuple(v.shape) for k, v in items.items()}, config, "these tensors")
-    names = name_map(config)
-    state = {name: torch.cat([items[part] for part, _ in parts]) for name, parts in names.items()}
-    if config.tie_embeddings:
-        state["head.weight"] = state["embed.weight"]
-    return state
-
-
-def load_folder(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in a Hugging Face folder, read tensor by tensor into its fused matrices, in eval mode.
-
-    dtype: absent, the one stored (float32 if several are). Raises CheckpointError naming each file that is missing,
-    truncated or absurd, and listing all missing, unexpected and misshaped tensors together.
-    """
-    folder = Path(folder)
-    config = model_from_config(folder / "config.json")
-    files = weight_files(folder)
-    headers = {file: read_header(folder / file) for file in files}
-    where = {name: file for file, header in headers.items() for name in header}
-    entries = {name: entry for header in headers.values() for name, entry in header.items()}
-    _check_names({name: shape for name, (_, shape) in entries.items()}, config, str(folder))
-    if dtype is None:
-        stored = {kind for kind, _ in entries.values()}
-        dtype = stored.pop() if len(stored) == 1 else torch.float32
-    model = Llama.empty(config, device, dtype)
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
-
-        def read(name: str) -> Tensor:
-            file = where[name]
-            if file not in opened:
-                opened[file] = stack.enter_context(safe_open(str(folder / file), framework="pt"))
-            return opened[file].get_tensor(name)
-
-        try:
-            _fill(model, read)
-            if config.tie_embeddings and "lm_head.weight" in where:
-                _check_tie(read, folder)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot read the weights in {folder}: {error}") from error
-    return model.eval()
-
-
-@torch.no_grad()
-def _fill(model: Llama, read: Callable[[str], Tensor]) -> None:
-    """Copy every Hugging Face tensor into its rows of our parameters."""
-    state = model.state_dict()
-    for name, parts in name_map(model.config).items():
-        rows = state[name].split([shape[0] for _, shape in parts])
-        for (part, _), target in zip(parts, rows, strict=True):
-            target.copy_(read(part))
-
-
-def _check_tie(read: Callable[[str], Tensor], folder: Path) -> None:
-    if not torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
-        raise CheckpointError(
-            f"{folder}: config.json says tie_word_embeddings, so lm_head.weight must equal model.embed_tokens.weight; "
-            "they differ. Set tie_word_embeddings to false, or remove lm_head.weight"
-        )
-
-
-def _check_names(found: Mapping[str, tuple[int, ...]], config: Model, where: str) -> None:
-    """Raise CheckpointError unless exactly the tensors of a model of this configuration are there."""
-    if config.n_layer > len(found):  # before the names of a billion layers are made
-        raise CheckpointError(
-            f"{where} must hold the {config.n_layer} layers of its configuration; found {len(found)} tensors"
-        )
-    wanted = {part: shape for parts in name_map(config).values() for part, shape in parts}
-    spare = {"lm_head.weight"} if config.tie_embeddings else set()
-    missing = [name for name in wanted if name not in found]
-    unexpected = [n for n in sorted(found) if n not in wanted and n not in spare and not _DERIVED.fullmatch(n)]
-    misshaped = [
-        f"{name} is {list(found[name])}, must be {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name]) != shape
-    ]
-    groups = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
-    if any(groups.values()):
-        lines = [f"{kind}: {'; '.join(names)}" for kind, names in groups.items() if names]
-        raise CheckpointError(f"{where} must hold exactly the tensors of its configuration. " + ". ".join(lines))
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -207,8 +122,8 @@ def weight_files(folder: Path) -> list[str]:
     return files
 
 
-def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every tensor in a safetensors file, from its header alone.
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file, from its header alone, which safetensors itself has checked too.
 
     Raises CheckpointError naming the file if the header is absurd or the file is not exactly as long as it says.
     """
@@ -224,7 +139,10 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
             header = json.loads(file.read(length))
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
         end = 8 + length + max((v["data_offsets"][1] for v in entries.values()), default=0)
-        found = {k: (_HEADER_DTYPES[v["dtype"]], tuple(v["shape"])) for k, v in entries.items()}
+        found = {
+            k: StoredTensor(_HEADER_DTYPES[v["dtype"]], tuple(v["shape"]), 8 + length + v["data_offsets"][0])
+            for k, v in entries.items()
+        }
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -233,6 +151,10 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         ) from error
     if end != size:
         raise CheckpointError(f"{path} must be {end} bytes long by its own header; found {size}. Copy it again")
+    try:  # the library knows of overlaps and of sizes that do not fit their shapes
+        safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
     return found
 
 

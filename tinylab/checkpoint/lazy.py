@@ -9,6 +9,7 @@ import math
 import mmap
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,17 @@ class LazyTensor:
     """Equal for tensors that are the same bytes of the file; None where the format cannot share."""
     place: tuple[Path, int] | None = None
     """File and byte where the values stand in order, as they are in memory; None where they must be made."""
+
+    @classmethod
+    def stored(cls, path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+        """Values that stand in order in a file, from byte `start`."""
+
+        def load() -> Tensor:
+            values = torch.empty(shape, dtype=dtype)
+            read_values(path, start, values)
+            return values
+
+        return cls(shape, dtype, load, place=(path, start))
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,23 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         )
 
 
+def read_values(path: Path, start: int, out: Tensor) -> None:
+    """Fill `out` (on the CPU, its elements in order) from byte `start`: no mapping, no copy between. Other threads run.
+
+    Raises CheckpointError when the file cannot be read or ends before.
+    """
+    rest = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
+    if rest:
+        raise CheckpointError(f"{path} ends {len(rest)} bytes too early: it changed. Copy the file again")
+
+
 @torch.no_grad()
 def load_weights(
     weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, copy: bool = False
@@ -103,18 +132,24 @@ def load_weights(
     """
     weights.check()
     model = Llama.empty(weights.model, device, dtype or weights.dtype)
-    may_map = not copy and torch.device(device).type == "cpu"
+    on_cpu = torch.device(device).type == "cpu"
     files: dict[Path, mmap.mmap] = {}
+    to_read: list[tuple[Path, int, Tensor]] = []
     for name, parts in name_map(weights.model).items():
         module = model.get_submodule(name.removesuffix(".weight"))
         target = module.get_parameter("weight")
         tensors = [weights.tensors[part] for part, _ in parts]
-        mapped = _map(tensors, target, files) if may_map else None
+        mapped = _map(tensors, target, files) if on_cpu and not copy else None
         if mapped is not None:
             module.register_parameter("weight", torch.nn.Parameter(mapped))
             continue
         for tensor, rows in zip(tensors, target.split([shape[0] for _, shape in parts]), strict=True):
-            rows.copy_(tensor.load())
+            if on_cpu and tensor.place is not None and tensor.dtype == rows.dtype:
+                to_read.append((*tensor.place, rows))
+            else:
+                rows.copy_(tensor.load())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # memory is new: most of the time goes into its pages
+        list(pool.map(lambda job: read_values(*job), to_read))
     if weights.model.tie_embeddings:
         model.head.weight = model.embed.weight
         _check_tie(weights)

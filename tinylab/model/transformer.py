@@ -28,6 +28,25 @@ if TYPE_CHECKING:
     from tinylab.model.generate import KVCache
 
 
+class Linear(nn.Linear):
+    """A matrix without bias. On the meta device no first values are drawn: torch would import its compiler for that."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """One row per id; as `Linear` on the meta device."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
 
@@ -51,8 +70,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
         heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.d_model, heads * config.head_size, bias=False)
-        self.out = nn.Linear(config.n_head * config.head_size, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, heads * config.head_size)
+        self.out = Linear(config.n_head * config.head_size, config.d_model)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
@@ -73,8 +92,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -105,10 +124,10 @@ class Llama(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.rope = RopeTables(config)
@@ -118,7 +137,9 @@ class Llama(nn.Module):
         """The model on a device with its memory set aside but not filled, ready for `init_weights` or a loader."""
         with torch.device("meta"):
             model = cls(config)
-        model = model.to(dtype).to_empty(device=device)
+        for module in model.modules():  # `to_empty` would do it by way of torch's symbolic shapes, slow to import
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(torch.empty(weight.shape, device=device, dtype=dtype)))
         if config.tie_embeddings:
             model.head.weight = model.embed.weight
         return model

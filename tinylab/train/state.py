@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylab.checkpoint.huggingface import load_folder
+from tinylab.checkpoint.formats import load_folder
 from tinylab.checkpoint.store import Snapshot, load_trainer
 from tinylab.config.schema import Parallel, RunConfig
 from tinylab.dist.context import Context
