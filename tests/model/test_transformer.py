@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,3 +160,14 @@ def test_initial_values_depend_on_the_seed_alone():
 def test_an_empty_tied_model_keeps_its_tie():
     ours = Llama.empty(replace(BASE, tie_embeddings=True), "cpu", torch.float32)
     assert ours.head.weight is ours.embed.weight
+
+
+def test_setting_memory_aside_imports_no_compiler():
+    """Drawing or copying on the meta device would: a second of imports for every checkpoint opened."""
+    code = (
+        "import sys, torch; from tinylab.config.schema import Model; from tinylab.model.transformer import Llama; "
+        "model = Llama.empty(Model(n_layer=2), 'cpu', torch.bfloat16); "
+        "assert all(p.dtype == torch.bfloat16 and p.device.type == 'cpu' for p in model.parameters()); "
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

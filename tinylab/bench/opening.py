@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,26 +16,35 @@ import torch
 
 from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.config.presets import preset as find_preset
+from tinylab.config.schema import Model
+from tinylab.errors import ConfigError, TinylabError
+from tinylab.model.accounting import parameter_counts
 from tinylab.model.transformer import Llama
 
 _MEASURE = """
 import json, resource, sys, time
 import torch
 {imports}
+def peak_kib():
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except OSError:  # macOS counts bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 folder = sys.argv[1]
 ids = torch.arange(8).view(1, 8)
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+base = peak_kib()
 start = time.perf_counter()
 model = {load}
 opened = time.perf_counter() - start
-opened_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+opened_kib = peak_kib()
 with torch.inference_mode():
-    total = float({logits}.float().sum())
+    logits = {logits}.float()
 used = time.perf_counter() - start
-peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({{"open_s": opened, "first_logits_s": used, "base_kib": base, "open_kib": opened_kib,
-                  "peak_kib": peak_kib, "sum": total}}))
+                  "peak_kib": peak_kib(), "logits": logits[0, -1, :256].tolist()}}))
 """
+"""On Linux `ru_maxrss` would hold the parent's peak too: it outlives exec."""
 _CONTENDERS = {
     "tinylab": _MEASURE.format(
         imports="from tinylab.checkpoint.reference import load_model",
@@ -51,40 +61,71 @@ _CONTENDERS = {
 """Imports come before the clock; what a library imports while it loads counts."""
 
 
-def bench_opening(preset: str = "tinyllama_1b", windows: int = 5) -> dict[str, Any]:
+LIMIT = 0.05
+"""Largest difference of logits that counts as bf16's rounding, relative to the largest logit."""
+
+
+def bench_opening(preset: str | Model = "tinyllama_1b", windows: int = 5) -> dict[str, Any]:
     """Seconds and peak memory to open a bf16 Hugging Face folder of `preset`'s shape, ours and theirs in turn.
 
     Weights are random. Both libraries map files and leave pages unread when they open, so the first logits (8 tokens)
-    are measured too: by then every weight was read. Peak memory is that of the whole process (maximum resident set).
-    `ratio_*` are medians of tinylab over transformers. One round of each is left out as warm-up of the page cache.
+    are measured too: by then every weight was read. Peak memory is that of the whole process (maximum resident set,
+    pages of the file included). `ratio_*` are medians of tinylab over transformers. One round of each is left out as
+    warm-up of the page cache. Raises TinylabError if the logits differ by more than rounding, ConfigError for no
+    windows.
     """
+    if windows < 1:
+        raise ConfigError(f"windows must be at least 1; found {windows}")
+    config = find_preset(preset).model if isinstance(preset, str) else preset
     with tempfile.TemporaryDirectory(prefix="tinylab-bench-") as folder:
-        config = find_preset(preset).model
         model = Llama.empty(config, "cpu", torch.bfloat16)
         model.init_weights(0)
         save_weights(model.state_dict(), config, folder)
         write_config(config, folder, bos_id=1, eos_id=2, dtype="bfloat16")
         size = sum(p.stat().st_size for p in Path(folder).iterdir())
         del model
-        rounds = {name: [_measure(code, folder)] for name, code in _CONTENDERS.items()}
-        for _ in range(windows):
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in _CONTENDERS}
+        for _ in range(windows + 1):
             for name, code in _CONTENDERS.items():
                 rounds[name].append(_measure(code, folder))
+    logits = {name: torch.tensor([r.pop("logits") for r in measured]) for name, measured in rounds.items()}
+    difference = (logits["tinylab"] - logits["transformers"]).abs().max().item()
+    largest = logits["transformers"].abs().max().item()
+    if not difference <= LIMIT * largest:
+        raise TinylabError(
+            f"both must open the same model; their logits differ by {difference:.3g} at a largest logit of "
+            f"{largest:.3g}. Run the parity tests"
+        )
     medians = {
         name: {key: statistics.median(r[key] for r in measured[1:]) for key in measured[0]}
         for name, measured in rounds.items()
     }
     ours, theirs = medians["tinylab"], medians["transformers"]
-    ratios = {f"ratio_{key}": ours[key] / theirs[key] for key in ("open_s", "first_logits_s", "open_kib", "peak_kib")}
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"bench": "opening", "preset": preset, "bytes": size, "windows": windows, **ratios, "medians": medians} | {
+    ratios = {
+        f"ratio_{key}": round(ours[key] / theirs[key], 3)
+        for key in ("open_s", "first_logits_s", "open_kib", "peak_kib")
+    }
+    return {
+        "bench": "opening",
+        "against": f"transformers {metadata.version('transformers')} LlamaForCausalLM.from_pretrained",
+        "parameters": parameter_counts(config)["total"],
+        "bytes": size,
+        "windows": windows,
+        **ratios,
+        "medians": medians,
         "rounds": rounds,
-        "versions": versions,
+        "max_logit_difference": difference,
+        "largest_logit": largest,
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
     }
 
 
-def _measure(code: str, folder: str) -> dict[str, float]:
-    """One contender in a fresh interpreter."""
+def _measure(code: str, folder: str) -> dict[str, Any]:
+    """One contender in a fresh interpreter. Raises TinylabError with its last words when it fails."""
     command = [sys.executable, "-W", "ignore", "-c", code, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TinylabError(f"a contender must open {folder}; it failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])

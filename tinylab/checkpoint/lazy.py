@@ -6,7 +6,6 @@ Every reader of a foreign format gives `Weights` under Hugging Face's names; one
 from __future__ import annotations
 
 import math
-import mmap
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinylab.checkpoint.huggingface import name_map
+from tinylab.checkpoint.mapping import map_parts
 from tinylab.config.schema import Model
 from tinylab.errors import CheckpointError
 from tinylab.model.transformer import Llama
@@ -108,7 +108,7 @@ def read_values(path: Path, start: int, out: Tensor) -> None:
 
     Raises CheckpointError when the file cannot be read or ends before.
     """
-    rest = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())
+    rest = out.detach().reshape(-1).view(torch.uint8).numpy().data
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
@@ -126,20 +126,19 @@ def load_weights(
 ) -> Llama:
     """The model in eval mode, filled tensor by tensor: the model once in memory, plus one tensor.
 
-    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more whose rows stand together
-    in the file are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
+    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more that lie in one file
+    are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
     Raises CheckpointError listing every tensor that does not fit.
     """
     weights.check()
     model = Llama.empty(weights.model, device, dtype or weights.dtype)
     on_cpu = torch.device(device).type == "cpu"
-    files: dict[Path, mmap.mmap] = {}
     to_read: list[tuple[Path, int, Tensor]] = []
     for name, parts in name_map(weights.model).items():
         module = model.get_submodule(name.removesuffix(".weight"))
         target = module.get_parameter("weight")
         tensors = [weights.tensors[part] for part, _ in parts]
-        mapped = _map(tensors, target, files) if on_cpu and not copy else None
+        mapped = _map(tensors, target) if on_cpu and not copy else None
         if mapped is not None:
             module.register_parameter("weight", torch.nn.Parameter(mapped))
             continue
@@ -156,26 +155,21 @@ def load_weights(
     return model.eval()
 
 
-def _map(tensors: list[LazyTensor], target: Tensor, files: dict[Path, mmap.mmap]) -> Tensor | None:
+def _map(tensors: list[LazyTensor], target: Tensor) -> Tensor | None:
     """The values of `tensors`, one after the other, as memory mapped from their file; None where that cannot be."""
     size = target.element_size()
-    if target.numel() * size < _MAPPED_BYTES or any(t.dtype != target.dtype for t in tensors):
+    places = [t.place for t in tensors if t.place is not None and t.dtype == target.dtype]
+    if target.numel() * size < _MAPPED_BYTES or len(places) < len(tensors) or len({path for path, _ in places}) > 1:
         return None
-    places = [t.place for t in tensors]
-    first = places[0]
-    if first is None or first[1] % size:
+    path, first = places[0]
+    parts = [(start, size * math.prod(t.shape)) for (_, start), t in zip(places, tensors, strict=True)]
+    if first % size:
         return None
-    path, start = first
-    expected = start
-    for tensor, place in zip(tensors, places, strict=True):
-        if place != (path, expected):
-            return None
-        expected += size * math.prod(tensor.shape)
-    if path not in files:
-        with open(path, "rb") as file:
-            files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    flat = torch.frombuffer(files[path], dtype=target.dtype, count=target.numel(), offset=start)
-    return flat.view(target.shape)
+    try:
+        mapped = map_parts(path, parts)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
+    return None if mapped is None else torch.frombuffer(mapped, dtype=target.dtype).view(target.shape)
 
 
 def _check_tie(weights: Weights) -> None:

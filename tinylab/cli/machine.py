@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -98,35 +98,59 @@ def plan_verb(
 
 
 def bench_verb(
-    what: Annotated[Literal["train", "parity"], arg(metavar="{train,parity}")],
+    what: Annotated[Literal["train", "parity", "opening", "decoding"], arg(metavar="{train,parity,opening,decoding}")],
     /,
-    preset: str = "tiny",
+    preset: str | None = None,
     against: str = "transformers",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     windows: int = 5,
 ) -> Answer:
-    """Measure side by side with a named peer, interleaved in one process.
+    """Measure side by side with a named peer, taken in turn.
 
     Args:
-        what: train: tokens/s of whole optimizer steps. parity: how far logits and generated tokens lie apart.
-        preset: train: the configuration that both sides take.
+        what: train: tokens/s of whole optimizer steps. parity: how far logits and generated tokens lie apart. opening:
+            seconds and peak memory to open a bf16 folder, each time in a fresh process. decoding: tokens/s of greedy
+            decoding on the CPU.
+        preset: the configuration that both sides take; default: tinyllama_1b for opening, else tiny. Not for parity.
         against: the peer: transformers.
         device: train: where.
-        windows: train: measured stretches of each contender, taken in turn.
+        windows: measured stretches of each contender, taken in turn. Not for parity.
     """
+    if against != "transformers":
+        raise ConfigError(f"against must be transformers; found {against!r}")
     if what == "parity":
         from tinylab.bench.parity import bench_parity
 
         found = bench_parity()
         return Answer(found, f"against {found['peer']}\n\n{table(found['rows'])}", 0 if found["holds"] else EXIT_FAILED)
+    if what == "opening":
+        from tinylab.bench.opening import bench_opening
+
+        found = bench_opening(preset or "tinyllama_1b", windows)
+        rows = [{"contender": name} | values for name, values in found["medians"].items()]
+        return Answer(found, _side_by_side(found, f"{found['bytes']:,} bytes", rows))
+    if what == "decoding":
+        from tinylab.bench.decoding import bench_decoding
+
+        found = bench_decoding(preset or "tiny", windows)
+        rows = [{"contender": name, "tokens/s": row["median"]} for name, row in found["tokens_per_s"].items()]
+        shape = f"{found['new_tokens']} tokens after {found['prompt_tokens']}, the same from both"
+        return Answer(found, _side_by_side(found, shape, rows))
     from tinylab.bench.train import bench_train
 
-    found = bench_train(preset, against, windows, device=device)
+    found = bench_train(preset or "tiny", against, windows, device=device)
     rows = [
         {"contender": name, "precision": row["precision"], "tokens/s": row["median"], "best": row["best"]}
         for name, row in found["tokens_per_s"].items()
     ]
-    shape = f"{found['parameters']:,} parameters, {found['seq_len']} tokens x {found['micro_batch']} sequences per pass"
-    place = f"{found['device']}, {found['threads']} threads, load {found['load_average']:.1f}, torch {found['torch']}"
+    shape = f"{found['seq_len']} tokens x {found['micro_batch']} sequences per pass"
+    return Answer(found, _side_by_side(found, f"{shape}, {found['device']}", rows))
+
+
+def _side_by_side(found: dict[str, Any], what: str, rows: list[dict[str, Any]]) -> str:
+    """A benchmark as text: peer, conditions, one row per contender, ratios."""
+    place = f"{found['threads']} threads, load {found['load_average']:.1f}"
     ratios = "\n".join(f"{name}: {value:.3f}" for name, value in found.items() if name.startswith("ratio"))
-    return Answer(found, f"against {found['against']}\n{shape}\n{place}\n\n{table(rows)}\n\n{ratios}")
+    return (
+        f"against {found['against']}\n{found['parameters']:,} parameters, {what}\n{place}\n\n{table(rows)}\n\n{ratios}"
+    )
