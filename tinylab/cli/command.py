@@ -47,8 +47,8 @@ COMMON = """options of every verb:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: that of this process); its exit code. Errors become one message, never raise."""
-    # Read by OpenMP when torch is loaded. By default its threads spin for long while one of them waits for a core:
-    # beside a busy process, training `tiny` on two cores fell from 11,000 tokens/s to below 1,000; so, to 6,100.
+    # Read by OpenMP when torch is loaded. By default its threads spin for long while one of them waits for a core,
+    # and training beside one other busy process becomes several times slower (measured: notebooks/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = _take(arguments, "--debug"), _take(arguments, "--json")
