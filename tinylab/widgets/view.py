@@ -77,7 +77,9 @@ class ComparisonView:
             figure_html(self.figures["flips"], "Items that changed side from A to B per task"),
             table_html(self.flips.head(12), "Items that flipped, largest change of margin first", digits=3),
         ]
-        return "".join(parts)
+        # As wide as its place and no wider: a table may scroll, but must not stretch the form around it.
+        frame = "width:0;min-width:100%;overflow-x:auto;line-height:1.35"
+        return f'<div style="{frame}">{"".join(parts)}</div>'
 
     def _repr_html_(self) -> str:
         return self.html
