@@ -86,7 +86,7 @@ def tiny() -> RunConfig:
                 Source(name="prose", corpus="local:prose", limit_mb=12.0),
                 Source(name="code", corpus="local:code", limit_mb=8.0),
             ),
-            validation_fraction=0.03,  # the probes come from it: 1% held 11 functions with a docstring, too few
+            validation_fraction=0.03,  # the probes come from it, and 1% held four source files
         ),
         model=Model(vocab_size=4096, n_layer=4, d_model=192, n_head=6, n_kv_head=2, d_ff=512, seq_len=256),
         stages=(Stage(tokens=2_097_152, batch_tokens=4096, mixture={"prose": 0.7, "code": 0.3}),),
