@@ -60,12 +60,12 @@ def test_logits_equal_transformers_in_fp32(shape: str, length: int, tmp_path: Pa
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", ["4 query heads a key head", "head size 64", "tied", "llama3 scaling"])
-def test_bf16_errs_no_more_than_transformers_own_bf16(shape: str, tmp_path: Path):
+def test_bf16_errs_on_average_no_more_than_transformers_own_and_at_most_by_half_more(shape: str, tmp_path: Path):
     ours = model(SHAPES[shape])
     exact = peer(ours, tmp_path)(input_ids=ids(8)).logits
     theirs = (peer(ours, tmp_path, torch.bfloat16)(input_ids=ids(8)).logits.float() - exact).abs()
     found = (ours.to(torch.bfloat16)(ids(8)).float() - exact).abs()
-    assert found.mean() <= 1.1 * theirs.mean()
+    assert found.mean() <= theirs.mean()
     # The largest of 28,712 rounding errors varies by itself from one order of sums to another.
     assert found.max() <= 1.5 * theirs.max()
 
