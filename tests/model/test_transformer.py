@@ -58,16 +58,32 @@ def test_logits_equal_transformers_in_fp32(shape: str, length: int, tmp_path: Pa
     assert (ours(ids(length=length)) - wanted).abs().max() <= 1e-5
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("shape", ["4 query heads a key head", "head size 64", "tied", "llama3 scaling"])
-def test_bf16_errs_on_average_no_more_than_transformers_own_and_at_most_by_half_more(shape: str, tmp_path: Path):
-    ours = model(SHAPES[shape])
-    exact = peer(ours, tmp_path)(input_ids=ids(8)).logits
-    theirs = (peer(ours, tmp_path, torch.bfloat16)(input_ids=ids(8)).logits.float() - exact).abs()
-    found = (ours.to(torch.bfloat16)(ids(8)).float() - exact).abs()
-    assert found.mean() <= theirs.mean()
-    # The largest of 28,712 rounding errors varies by itself from one order of sums to another.
-    assert found.max() <= 1.5 * theirs.max()
+def bf16_errors(config: Model, seed: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """Absolute errors of bf16 logits, ours and transformers' own, against transformers in fp32."""
+    ours, given = model(config, seed), ids(8, seed=seed)
+    with torch.no_grad():
+        exact = peer(ours, folder)(input_ids=given).logits
+        theirs = peer(ours, folder, torch.bfloat16)(input_ids=given).logits
+        return (ours.to(torch.bfloat16)(given) - exact).abs(), (theirs - exact).abs()
+
+
+def test_bf16_is_within_transformers_own_error(tmp_path: Path):
+    """On average in every model. The largest of 28,712 roundings is a matter of chance: in most models, and overall."""
+    errors = {
+        (shape, seed): bf16_errors(config, seed, tmp_path) for shape, config in SHAPES.items() for seed in range(8)
+    }
+    for drawn, (ours, theirs) in errors.items():
+        assert ours.square().mean() < theirs.square().mean(), drawn
+        assert ours.mean() < theirs.mean(), drawn
+    largest = [(ours.max(), theirs.max()) for ours, theirs in errors.values()]
+    assert sum(bool(ours <= theirs) for ours, theirs in largest) > 0.6 * len(largest)
+    assert max(ours for ours, _ in largest) <= max(theirs for _, theirs in largest)
+
+
+def test_bf16_errs_a_tenth_less_than_transformers_at_tinyllamas_depth(tmp_path: Path):
+    """Without the fp32 residual stream the two would err alike: each of 44 sums would round it to 8 bits."""
+    ours, theirs = bf16_errors(replace(BASE, n_layer=22, d_model=128, d_ff=352, init_std=0.08), 1, tmp_path)
+    assert ours.square().mean().sqrt() < 0.9 * theirs.square().mean().sqrt()
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@
 
 Touvron et al. 2023; grouped-query attention after Ainslie et al. 2023. Equal to transformers' LlamaForCausalLM, but
 q/k/v are one matrix (rows: all query heads, then all key heads, then all value heads), and gate/up are one.
+The residual stream x is fp32 whatever the dtype of the weights, as it is under autocast in training: in bf16 each of
+its 2L sums would round it to 8 bits.
 Letters: B batch, T tokens, H query heads, K key-value heads, D head size, C model width, V vocabulary.
 """
 
@@ -48,7 +50,10 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019).
+
+    Computed in fp32; the result has the weight's dtype.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -56,11 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = self.weight.shape
-        if x.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(x, shape, self.weight, self.eps)
-        # Rounded where transformers' LlamaRMSNorm rounds: before the product with the weight.
-        return self.weight * F.rms_norm(x.float(), shape, None, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -165,7 +166,7 @@ class Llama(nn.Module):
         start = 0 if cache is None else cache.length
         rope = self.rope.at(start, start + ids.shape[1], ids.device)
         mask = None if document_ids is None else document_mask(document_ids)
-        x = self.embed(ids)
+        x = self.embed(ids).float()
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         if cache is not None:
