@@ -203,6 +203,18 @@ def test_an_error_in_a_cell_keeps_its_kind_and_the_executed_copy(tmp_path: Path,
     assert nbformat.read(tmp_path / "b.ipynb", 4).cells
 
 
+def test_kernels_of_one_folder_talk_through_sockets_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else two notebooks started at the same moment may take the same ones, and both wait for ever."""
+    monkeypatch.chdir(tmp_path)
+    cell = "import json, ipykernel\nprint(json.load(open(ipykernel.get_connection_file()))['ip'])"
+    source = make_notebook(tmp_path / "a.ipynb", cell)
+    copies = [run_notebook(source, tmp_path / "out" / name) for name in ("b.ipynb", "c.ipynb")]
+    places = [nbformat.read(copy, 4).cells[-1].outputs[0].text.strip() for copy in copies]
+    assert len(set(places)) == 2 and all(Path(place).is_absolute() for place in places)
+    assert not any(Path(place).parent.exists() for place in places)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ipynb", "out"]
+
+
 def test_sigterm_interrupts_the_cell_saves_and_exits_143(tmp_path: Path):
     flag, out = tmp_path / "flag", tmp_path / "b.ipynb"
     cell = f"import time\nprint('before', flush=True)\nopen({str(flag)!r}, 'w').close()\ntime.sleep(60)"

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ipykernel.kernelspec import get_kernel_dict
@@ -22,7 +23,7 @@ from papermill.engines import NBClientEngine
 from papermill.iorw import LocalHandler, papermill_io
 from papermill.log import logger
 from papermill.utils import merge_kwargs, remove_args
-from traitlets import default
+from traitlets.config import Config
 
 from tinylab.notebook.results import EXECUTOR_VARIABLE, OUT_VARIABLE
 from tinylab.runs.durable import write_atomic
@@ -51,14 +52,7 @@ class AtomicHandler(LocalHandler):
 
 
 class InterpreterKernel(AsyncKernelManager):
-    """A kernel in the Python that runs this process, whatever kernelspec of the same name is installed elsewhere.
-
-    It talks through sockets in a private folder, not through ports of the machine.
-    """
-
-    @default("transport")
-    def _transport(self) -> str:
-        return "ipc"
+    """A kernel in the Python that runs this process, whatever kernelspec of the same name is installed elsewhere."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -121,21 +115,31 @@ class TinylabEngine(NBClientEngine):
             stderr_file=stderr_file,
             coalesce_streams=True,
         )
-        if kernel_name == "python3":
-            final["kernel_manager_class"] = InterpreterKernel
         variables = {EXECUTOR_VARIABLE: "papermill", OUT_VARIABLE: out, "TINYLAB_HOME": str(home())}
-        client = Client(nb_man, **final)
-        with _environment(variables), _signals(client):
-            try:
-                return client.execute()
-            finally:
-                cls.stopped_by = client.stopped_by
+        with TemporaryDirectory(prefix="tinylab-kernel-") as folder:
+            if kernel_name == "python3":
+                final |= {"kernel_manager_class": InterpreterKernel, "config": _private_sockets(Path(folder))}
+            client = Client(nb_man, **final)
+            with _environment(variables), _signals(client):
+                try:
+                    return client.execute()
+                finally:
+                    cls.stopped_by = client.stopped_by
 
 
 def register_handler() -> None:
     """Let papermill write local absolute paths through AtomicHandler; once is enough."""
     if not isinstance(papermill_io.get_handler("/"), AtomicHandler):
         papermill_io.register("/", AtomicHandler())
+
+
+def _private_sockets(folder: Path) -> Config:
+    """Settings of a kernel that talks through sockets in `folder`: kernels started at the same time never meet.
+
+    Ports of the machine, and jupyter_client's own names for sockets, are looked for first and bound later.
+    """
+    places = {"connection_file": str(folder / "kernel.json"), "ip": str(folder / "socket")}
+    return Config({InterpreterKernel.__name__: {"transport": "ipc", **places}})
 
 
 @contextmanager
