@@ -165,6 +165,18 @@ def test_overrides_replace_what_they_name_and_nothing_else():
     assert override(base, []) == base
 
 
+def test_an_override_leaves_the_configuration_it_started_from_alone():
+    base = tiny()
+    assert override(base, ["stages.0.mixture.prose=none"]).stages[0].mixture == {"code": 0.3}
+    assert override(base, ["stages.0.mixture.code=0.9"]).stages[0].mixture == {"prose": 0.7, "code": 0.9}
+    assert base == tiny()
+
+
+def test_an_item_of_a_list_is_the_one_at_its_position_among_equals():
+    equal = override(tiny(), ["optimizer.betas=[0.9, 0.9]"])
+    assert override(equal, ["optimizer.betas.1=0.5"]).optimizer.betas == (0.9, 0.5)
+
+
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
@@ -178,6 +190,11 @@ def test_overrides_replace_what_they_name_and_nothing_else():
         (["stages.7.tokens=1"], r"unknown key stages\.7\.tokens: '7' must be one of 0, pretrain"),
         (["model.n_head=5"], r"model\.n_head \(5\) must divide model\.d_model \(192\); nearest valid: 6"),
         (["seed=1\noptimizer=2"], "seed must be a whole number; found '1.noptimizer=2'"),
+        (["optimizer.lr=none"], r"optimizer\.lr must be a finite number; found None"),
+        (["stages=none"], "stages must be a list; found None"),
+        (["schedule=none"], "schedule must be a section; found None"),
+        (["stages.0.tokens=1.00005K"], r"stages\.0\.tokens must be a whole number such as"),
+        (["seed=" + "9" * 5000 + "K"], "seed must be a whole number such as"),
     ],
 )
 def test_a_wrong_override_is_one_message(assignments, message):

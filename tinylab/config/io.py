@@ -26,7 +26,7 @@ def parse_count(text: str | int, name: str = "count") -> int:
 
     Raises ConfigError unless the value is a whole number of at least 0.
     """
-    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)([KMBT]?)", str(text).strip().upper())
+    found = re.fullmatch(r"([0-9][0-9_]{0,30}(?:\.[0-9]{1,30})?)([KMBT]?)", str(text).strip().upper())
     if found:
         digits, suffix = found.groups()
         whole, _, decimals = digits.replace("_", "").partition(".")
@@ -52,13 +52,13 @@ def run_from_dict(values: dict[str, Any], where: str = "configuration") -> RunCo
 
 
 def run_to_dict(value: Any) -> Any:
-    """Nested plain values of a configuration; absent fields (None) are left out, as TOML does."""
+    """Nested plain values of a configuration, shared with nothing; absent fields (None) are left out, as TOML does."""
     if dataclasses.is_dataclass(value):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {k: run_to_dict(v) for k, v in pairs if v is not None}
     if isinstance(value, tuple):
         return [run_to_dict(v) for v in value]
-    return value
+    return dict(value) if isinstance(value, dict) else value
 
 
 def run_to_toml(run: RunConfig) -> str:
@@ -94,35 +94,28 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
     target: Any = values
     for name in parents:
         if isinstance(target, list):
-            target = _list_item(target, name, key)
+            target = target[_list_index(target, name, key)]
         elif isinstance(target, dict):
             target = target.setdefault(name, {})
         if not isinstance(target, dict | list):
             raise ConfigError(f"unknown key {key}: {name} holds a value, not a section")
-    value = _parse_value(text)
-    if isinstance(target, list):
-        item = _list_item(target, last, key)
-        target[target.index(item)] = value
-    elif value is None:
-        target.pop(last, None)
-    else:
-        target[last] = value
+    target[_list_index(target, last, key) if isinstance(target, list) else last] = _parse_value(text, key)
 
 
-def _list_item(items: list[Any], name: str, key: str) -> Any:
-    """Item of a list by position, or by its `name` field."""
+def _list_index(items: list[Any], name: str, key: str) -> int:
+    """Position of a list's item, given as that or as its `name` field."""
     for i, item in enumerate(items):
         if name == str(i) or (isinstance(item, dict) and item.get("name") == name):
-            return item
+            return i
     known = [str(i) for i in range(len(items))] + [i["name"] for i in items if isinstance(i, dict) and "name" in i]
     raise ConfigError(f"unknown key {key}: {name!r} must be one of {', '.join(known)}")
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, key: str) -> Any:
     if text.lower() == "none":
         return None
     if re.fullmatch(r"[0-9][0-9_]*(\.[0-9]+)?[KMBTkmbt]", text):
-        return parse_count(text)
+        return parse_count(text, key)
     try:
         values = tomllib.loads(f"v = {text}")
     except (ValueError, RecursionError):
@@ -176,7 +169,7 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     """`value` as the annotated type `hint`, or a line in `problems`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _convert(next(a for a in args if a is not type(None)), value, key, problems)
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, key, problems)
     if origin is typing.Literal:
         if value not in args:
             near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
@@ -199,7 +192,8 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
         if not isinstance(value, dict):
             problems.append(f"{key} must be a section; found {value!r}")
             return {}
-        return {str(k): _convert(args[1], v, f"{key}.{k}", problems) for k, v in value.items()}
+        given = {str(k): v for k, v in value.items() if v is not None}
+        return {k: _convert(args[1], v, f"{key}.{k}", problems) for k, v in given.items()}
     return _convert_scalar(hint, value, key, problems)
 
 
