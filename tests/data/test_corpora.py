@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import sysconfig
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -180,8 +181,8 @@ def test_the_running_environment_gives_both_corpora_without_a_path_of_this_machi
 TEXTS = ["First.\n", "Second\twith é and\r\n lines", "Third"]
 
 
-def write_corpus(path: Path, texts: list[str]) -> None:
-    lines = "".join(json.dumps({"text": t, "meta": i}) + "\n" for i, t in enumerate(texts)).encode()
+def write_corpus(path: Path, texts: list[str], field: str = "text") -> None:
+    lines = "".join(json.dumps({field: t, "meta": i}) + "\n" for i, t in enumerate(texts)).encode()
     if path.name.endswith(".jsonl"):
         path.write_bytes(lines)
     elif path.name.endswith(".gz"):
@@ -196,7 +197,7 @@ def write_corpus(path: Path, texts: list[str]) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table({"meta": range(len(texts)), "text": texts}), path)
+        pyarrow.parquet.write_table(pyarrow.table({"meta": range(len(texts)), field: texts}), path)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
@@ -205,6 +206,25 @@ def test_every_format_of_many_documents_gives_the_same(tmp_path, ending):
     write_corpus(path, TEXTS)
     found = list(open_corpus(f"files:{path}"))
     assert found == [Document(text, f"{path}:{i}") for i, text in enumerate(TEXTS, start=1)]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_the_column_content_of_starcoderdata_is_read_where_there_is_no_text(tmp_path, ending):
+    path = tmp_path / f"code{ending}"
+    write_corpus(path, TEXTS, "content")
+    assert [d.text for d in open_corpus(f"files:{path}")] == TEXTS
+
+
+def test_a_line_of_many_megabytes_is_read_in_the_time_of_many_lines(tmp_path):
+    import zstandard
+
+    path = tmp_path / "long.jsonl.zst"
+    line = json.dumps({"text": "ab " * 10_000_000}).encode()
+    path.write_bytes(zstandard.ZstdCompressor().compress(line))
+    begun = time.monotonic()
+    (document,) = open_corpus(f"files:{path}")
+    assert len(document.text) == 30_000_000
+    assert time.monotonic() - begun < 10  # 0.2 s; copying the rest at each read took 45 s
 
 
 def test_files_come_sorted_from_any_depth_and_several_endings(tmp_path):
@@ -228,6 +248,31 @@ def test_a_damaged_file_is_named_and_never_shorter_in_silence(tmp_path, ending, 
         list(open_corpus(f"files:{path}"))
 
 
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_file_of_no_bytes_is_a_failed_download_and_no_empty_corpus(tmp_path, ending):
+    path = tmp_path / f"books{ending}"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{path} must be .* (no|0) bytes"):
+        list(open_corpus(f"files:{path}"))
+
+
+def test_text_of_a_parquet_file_that_is_no_utf8_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "books.parquet"
+    text = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
+    with pytest.raises(DataError, match=rf"{path} must be a Parquet file of UTF-8 text; found: 'utf-8' codec"):
+        list(open_corpus(f"files:{path}"))
+
+
+def test_a_name_with_characters_of_patterns_is_the_file_of_that_name(tmp_path):
+    for name in ("notes [2023].txt", "a{b,c}.txt"):
+        (tmp_path / name).write_text(name)
+        assert [d.text for d in open_corpus(f"files:{tmp_path}/{name}")] == [name]
+
+
 def test_a_cut_last_frame_is_an_error_even_when_the_lines_before_it_are_whole(tmp_path):
     import zstandard
 
@@ -242,8 +287,10 @@ def test_a_cut_last_frame_is_an_error_even_when_the_lines_before_it_are_whole(tm
     ("line", "message"),
     [
         ('{"text": "cut', r"line 2 must be JSON"),
-        ('{"body": "x"}', r"line 2 must be an object with the field `text`; found body"),
-        ('["x"]', r"line 2 must be an object with the field `text`; found list"),
+        ('{"body": "x"}', r"line 2 must be an object with the field text or content; found body"),
+        ("{}", r"line 2 must be an object with the field text or content; found no field"),
+        ("[" * 100_000, r"line 2 must be JSON; found: maximum recursion depth"),
+        ('["x"]', r"line 2 must be an object with the field text or content; found list"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
@@ -292,13 +339,15 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_a_data_set_folder_is_streamed(tmp_path, offline):
+def test_a_data_set_folder_is_streamed(tmp_path, offline, monkeypatch):
     folder = tmp_path / "set"
     folder.mkdir()
     write_corpus(folder / "train-00000.parquet", TEXTS)
     write_corpus(folder / "train-00001.parquet", ["Fourth"])
     found = list(open_corpus(f"hf:{folder}"))
     assert found == [Document(text, f"hf:{folder}:train:{i}") for i, text in enumerate([*TEXTS, "Fourth"])]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [d.origin for d in open_corpus("hf:~/set")] == [f"hf:~/set:train:{i}" for i in range(4)]
 
 
 def test_a_configuration_of_a_data_set_is_chosen_by_name(tmp_path, offline):

@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tinylab.data import environment
 from tinylab.errors import DataError
 
 TEXT_COLUMNS = ("text", "content")
-"""Columns of a Hugging Face data set that hold the document (starcoderdata has `content`)."""
+"""Fields and columns that may hold the document, the first one found (starcoderdata has `content`)."""
 _CHUNK = 1 << 20
 
 
@@ -41,7 +41,7 @@ def open_corpus(spec: str, skipped: Counter[str] | None = None) -> Iterator[Docu
 
     `skipped` counts by reason what was passed over: unreadable files of the environment, rows without text.
     GLOB is recursive (`**`) and may list alternatives (`docs/**/*.{md,txt}`): .txt, .md, .py are one document each,
-    .jsonl, .jsonl.gz, .jsonl.zst one per line (field `text`), .parquet one per row (column `text`).
+    .jsonl, .jsonl.gz, .jsonl.zst one per line, .parquet one per row (field or column `text`, else `content`).
     Raises DataError when the corpus does not exist, and while iterating when a file given by name is damaged.
     """
     skipped = Counter() if skipped is None else skipped
@@ -66,15 +66,12 @@ _LOCAL: dict[str, Callable[[Counter[str]], Iterator[tuple[str, str]]]] = {
 
 def _open_files(pattern: str, skipped: Counter[str]) -> Iterator[Document]:
     """Every file that the pattern matches, sorted by path; all endings are checked before the first is read."""
-    found: set[str] = set()
-    for alternative in _alternatives(os.path.expanduser(pattern)):
-        found.update(p for p in glob.glob(alternative, recursive=True) if not os.path.isdir(p))
-    if not found:
+    paths = matching_files(pattern)
+    if not paths:
         raise DataError(
             f"files:{pattern} must match at least one file; found none from {os.getcwd()}. "
             "Check the path; ** matches folders of any depth"
         )
-    paths = sorted(found)
     unknown = [p for p in paths if _reader(p) is None]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -83,6 +80,15 @@ def _open_files(pattern: str, skipped: Counter[str]) -> Iterator[Document]:
             "Narrow the pattern"
         )
     return (document for path in paths for document in _read_file(path, skipped))
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Paths of the files that a pattern matches, sorted; a file of exactly that name, such as `a[1].txt`, is itself."""
+    pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    found = {p for a in _alternatives(pattern) for p in glob.glob(a, recursive=True) if not os.path.isdir(p)}
+    return sorted(found)
 
 
 def _alternatives(pattern: str) -> list[str]:
@@ -126,13 +132,21 @@ def _read_jsonl(path: str, skipped: Counter[str]) -> Iterator[Document]:
 
 
 def _read_jsonl_gz(path: str, skipped: Counter[str]) -> Iterator[Document]:
-    with gzip.open(path, "rb") as file:
+    with open(path, "rb") as packed, gzip.open(packed) as file:
+        _require_content(packed)
         yield from _json_lines(path, file, skipped)
 
 
 def _read_jsonl_zst(path: str, skipped: Counter[str]) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        yield from _json_lines(path, io.BufferedReader(_ZstdFrames(file)), skipped)
+    with open(path, "rb") as packed:
+        _require_content(packed)
+        yield from _json_lines(path, io.BufferedReader(_ZstdFrames(packed)), skipped)
+
+
+def _require_content(packed: Any) -> None:
+    """Refuse a compressed file of no bytes (an empty text still has a header): what a failed download leaves."""
+    if os.fstat(packed.fileno()).st_size == 0:
+        raise EOFError("a compressed file of no bytes")
 
 
 class _ZstdFrames(io.RawIOBase):
@@ -144,7 +158,8 @@ class _ZstdFrames(io.RawIOBase):
         self._file, self._error = file, zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
-        self._input = self._output = b""
+        self._input = b""
+        self._output = memoryview(b"")  # a slice of a view copies nothing: one read may give gigabytes
 
     def readable(self) -> bool:
         return True
@@ -158,7 +173,7 @@ class _ZstdFrames(io.RawIOBase):
                 return 0
             self._frame = self._frame or self._new()
             try:
-                self._output = self._frame.decompress(self._input)
+                self._output = memoryview(self._frame.decompress(self._input))
             except self._error as error:
                 raise EOFError(str(error)) from error
             self._input = self._frame.unused_data if self._frame.eof else b""
@@ -174,15 +189,23 @@ def _json_lines(path: str, file: Any, skipped: Counter[str]) -> Iterator[Documen
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} must be JSON; found: {error}. Mend or remove the line") from error
-        if not isinstance(record, dict) or "text" not in record:
-            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(f"{path}, line {number} must be an object with the field `text`; found {found}")
-        if isinstance(record["text"], str):
-            yield Document(record["text"], f"{path}:{number}")
+        field = _text_column(record) if isinstance(record, dict) else None
+        if field is None:
+            found = ", ".join(record) or "no field" if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"{path}, line {number} must be an object with the field {' or '.join(TEXT_COLUMNS)}; found {found}"
+            )
+        if isinstance(record[field], str):
+            yield Document(record[field], f"{path}:{number}")
         else:
             skipped["rows without text"] += 1
+
+
+def _text_column(names: Container[str]) -> str | None:
+    """The field or column that holds the document; None where there is none."""
+    return next((name for name in TEXT_COLUMNS if name in names), None)
 
 
 def _read_parquet(path: str, skipped: Counter[str]) -> Iterator[Document]:
@@ -191,18 +214,22 @@ def _read_parquet(path: str, skipped: Counter[str]) -> Iterator[Document]:
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            raise DataError(f"{path} must have the column `text`; found {', '.join(table.schema_arrow.names)}")
+        names = table.schema_arrow.names
+        column = _text_column(names)
+        if column is None:
+            raise DataError(
+                f"{path} must have a column {' or '.join(TEXT_COLUMNS)}; found {', '.join(names) or 'none'}"
+            )
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
             for text in batch.column(0).to_pylist():
                 number += 1
                 if isinstance(text, str):
                     yield Document(text, f"{path}:{number}")
                 else:
                     skipped["rows without text"] += 1
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} must be a Parquet file; found: {error}. Restore the file") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path} must be a Parquet file of UTF-8 text; found: {error}. Restore the file") from error
 
 
 _READERS: dict[str, Callable[[str, Counter[str]], Iterator[Document]]] = {
@@ -222,6 +249,7 @@ def _open_huggingface(name: str, skipped: Counter[str]) -> Iterator[Document]:
 
     name, _, config = name.partition(":")
     spec = f"hf:{name}" + (f":{config}" if config else "")
+    name = os.path.expanduser(name)
     try:
         if (Path(name) / "state.json").exists():
             rows: Any = datasets.load_from_disk(name)
@@ -230,7 +258,7 @@ def _open_huggingface(name: str, skipped: Counter[str]) -> Iterator[Document]:
         columns = list(rows.features or next(iter(rows), {}))
     except Exception as error:  # the library raises many kinds: not found, offline, gated, malformed
         raise _unavailable(spec, name, error) from error
-    column = next((c for c in TEXT_COLUMNS if c in columns), None)
+    column = _text_column(columns)
     if column is None:
         raise DataError(f"{spec} must have a column {' or '.join(TEXT_COLUMNS)}; found {', '.join(columns) or 'none'}")
     return _huggingface_rows(spec, name, rows, column, skipped)
