@@ -368,3 +368,17 @@ def test_a_data_set_without_text_or_out_of_reach_says_what_to_do(tmp_path, offli
         open_corpus(f"hf:{folder}")
     with pytest.raises(DataError, match=r"hf:nobody/nothing must be a data set that can be reached; .*local files"):
         open_corpus("hf:nobody/nothing")
+
+
+def test_a_description_or_name_that_is_not_utf8_stops_nothing(environment_of):
+    environment_of(
+        {
+            "site-packages/old-1.0.dist-info/METADATA": f"Name: old\n\ncaf\xe9 {LONG}".encode("latin-1"),
+            "site-packages/pkg-1.0.dist-info/METADATA": f"Name: pkg\n\n{LONG}",
+        }
+    )
+    documents, skipped = read("local:prose")
+    assert documents["package:pkg/METADATA"] == LONG.strip() and "package:old/METADATA" not in documents
+    assert skipped["files that are not UTF-8"] == 1
+    unit = environment._Unit("stdlib:caf\udce9.py", "")
+    assert environment._spread({unit.origin: unit}) == [unit]

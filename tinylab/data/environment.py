@@ -68,7 +68,7 @@ class _Unit:
 def prose(skipped: Counter[str]) -> Iterator[tuple[str, str]]:
     """(text, origin) of descriptions, documentation files and docstrings; what is passed over is counted by reason."""
     units = _files((*PROSE_SUFFIXES, ".py"))
-    for unit in _descriptions():
+    for unit in _descriptions(skipped):
         units.setdefault(unit.origin, unit)
     for unit in _spread(units):
         if unit.description is not None:
@@ -125,7 +125,7 @@ def _files(suffixes: tuple[str, ...]) -> dict[str, _Unit]:
 
 def _spread(units: dict[str, _Unit]) -> list[_Unit]:
     """The units in the order of a hash of their origins: the same on every file system, and every prefix a sample."""
-    return sorted(units.values(), key=lambda u: hashlib.blake2b(u.origin.encode(), digest_size=16).digest())
+    return sorted(units.values(), key=lambda u: hashlib.blake2b(os.fsencode(u.origin), digest_size=16).digest())
 
 
 def _read(unit: _Unit, skipped: Counter[str]) -> str:
@@ -143,10 +143,15 @@ def _read(unit: _Unit, skipped: Counter[str]) -> str:
     return ""
 
 
-def _descriptions() -> Iterator[_Unit]:
+def _descriptions(skipped: Counter[str]) -> Iterator[_Unit]:
     """The long descriptions of the installed packages: the bodies of their METADATA."""
     for distribution in importlib.metadata.distributions():
-        text = (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").replace("\r\n", "\n")
+        try:
+            text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        except UnicodeDecodeError:
+            skipped["files that are not UTF-8"] += 1
+            continue
+        text = text.replace("\r\n", "\n")
         header, _, body = text.partition("\n\n")
         name = re.search(r"^Name: *(\S+)", header, re.MULTILINE)
         if name and name[1].lower() != "tinylab":
