@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -75,6 +76,23 @@ def test_repair_cuts_the_torn_line_and_no_other_byte(tmp_path: Path, torn):
     assert path.read_bytes() == b""
     repair_tail(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_line_cut_short_by_a_full_disk_leaves_nothing_behind(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    append_line(path, {"event": "started"}, sync=True)
+    before, size = resource.getrlimit(resource.RLIMIT_FSIZE), path.stat().st_size
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, before[1]))  # room for nine bytes of it
+        with pytest.raises(CheckpointError, match=r"cannot write .*journal\.jsonl: File too large"):
+            append_line(path, {"event": "committed"}, sync=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.stat().st_size == size
+    append_line(path, {"event": "failed"}, sync=True)
+    assert [line["event"] for line in read_lines(path)[0]] == ["started", "failed"]
 
 
 def test_numbers_that_json_does_not_know_are_never_written(tmp_path: Path):

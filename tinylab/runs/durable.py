@@ -59,13 +59,18 @@ def write_atomic(path: Path, data: str | bytes, *, sync: bool = True) -> None:
 
 def append_line(path: Path, record: dict[str, Any], *, sync: bool) -> None:
     """Append one JSON line, handed to the operating system before returning (and to the device if `sync`)."""
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
     try:
-        with open(path, "ab") as file:
-            file.write(line.encode())
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+        with open(path, "ab", buffering=0) as file:
+            end, left = file.tell(), line
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, end)  # else the next line would be glued to this one's beginning
+                raise
     except OSError as error:
         raise disk_error(path, error, len(line)) from error
 
