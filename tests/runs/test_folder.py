@@ -165,6 +165,17 @@ def test_a_run_whose_process_is_gone_or_silent_is_lost(run: Run):
     assert run.status()["state"] == "done"
 
 
+def test_a_process_of_another_user_counts_by_its_heartbeat(run: Run, monkeypatch):
+    def not_ours(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    write_status(run)
+    assert run.status()["state"] == "running"
+    write_status(run, heartbeat=time.time() - STALE_HEARTBEAT_S - 5)
+    assert run.status()["state"] == "lost", "the number was given to another process"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": "running"}', '{"state": "running", "host": 3}'])
 def test_an_unreadable_status_is_none(run: Run, text):
     run.status_path.write_text(text)

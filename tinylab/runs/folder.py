@@ -156,7 +156,7 @@ class Run:
             except ProcessLookupError:
                 return False
             except PermissionError:
-                return True
+                pass  # another user's process: this run's, or one that got its number later
         return time.time() - float(status["heartbeat"]) < STALE_HEARTBEAT_S
 
     def write_journal(self, event: str, **more: Any) -> None:
