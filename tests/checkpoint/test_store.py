@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -221,6 +222,35 @@ def test_a_checkpoint_is_never_replaced(run: Run, shards: Any):
         save(run, shards, 1)
     assert (run.checkpoints_path / "step-00000001" / "manifest.json").read_bytes() == before
     assert [p.name for p in run.checkpoints_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(run: Run, shards: Any, monkeypatch: Any):
+    save(run, shards, 10, 20)
+    read_text = Path.read_text
+
+    def forbidden(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.name == "manifest.json" and path.parent.name == "step-00000020":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(CheckpointError, match=r"cannot read .*step-00000020: Permission denied; check the path"):
+        latest_good(run)
+    assert len(run.checkpoints()) == 2 and not (run.path / "quarantine").exists()
+
+
+def test_a_damaged_checkpoint_is_set_aside_from_another_disk_too(run: Run, shards: Any, monkeypatch: Any):
+    save(run, shards, 10, 20)
+    (run.checkpoints_path / "step-00000020" / "config.json").write_text("{}")
+
+    def across_disks(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", across_disks)
+    folder, _ = latest_good(run)
+    assert folder == run.checkpoints_path / "step-00000010"
+    assert (run.path / "quarantine" / "step-00000020" / "config.json").read_text() == "{}"
+    assert len(run.checkpoints()) == 1
 
 
 def test_another_format_version_is_refused(run: Run, shards: Any):

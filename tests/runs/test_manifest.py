@@ -68,6 +68,15 @@ def test_a_file_that_cannot_be_read_is_reported_with_the_others(committed: Path,
     assert [p.split(": ")[1] for p in verify_folder(committed)] == ["unreadable (Input/output error)"] * 2
 
 
+def test_what_may_not_be_read_is_not_called_damaged(committed: Path, monkeypatch):
+    def forbidden(path: Path) -> str:
+        raise PermissionError(13, os.strerror(13))
+
+    monkeypatch.setattr(manifest, "sha256_file", forbidden)
+    with pytest.raises(PermissionError):
+        verify_folder(committed)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": "5", "sha256": "x"}}}']
 )

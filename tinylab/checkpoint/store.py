@@ -174,7 +174,7 @@ def _set_aside(run: Run, folder: Path, problems: list[str]) -> str:
         place = place.with_name(f"{folder.name}.{number}")
     try:
         place.parent.mkdir(exist_ok=True)
-        folder.rename(place)
+        shutil.move(folder, place)  # copies where checkpoints/ is a link to another disk
         fsync_path(folder.parent)
         fsync_path(place.parent)
     except OSError as error:

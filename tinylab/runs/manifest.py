@@ -66,12 +66,14 @@ def commit_folder(temporary: Path, target: Path, extra: dict[str, Any] | None = 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest's `files`. Raises CheckpointError when it is missing or malformed."""
+    """The manifest's `files`. Raises CheckpointError when it is missing or malformed, PermissionError if forbidden."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} must exist in a committed folder; found none: the save never ended") from None
+    except PermissionError:
+        raise  # no damage: nothing is known about the content
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} must be a readable manifest; found: {error}") from error
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -86,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify_folder(folder: Path) -> list[str]:
     """Every difference between `folder` and its manifest, one line each; empty when it holds.
 
-    Raises CheckpointError when there is no readable manifest.
+    Raises CheckpointError when there is no readable manifest, PermissionError for what may not be read.
     """
     expected = read_manifest(folder)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
@@ -100,6 +102,8 @@ def verify_folder(folder: Path) -> list[str]:
                 problems.append(f"{path}: {entry['bytes']} bytes expected, {size} found")
             elif sha256_file(path) != entry["sha256"]:
                 problems.append(f"{path}: SHA-256 differs from the manifest")
+        except PermissionError:
+            raise
         except OSError as error:
             problems.append(f"{path}: unreadable ({error.strerror})")
     return problems
