@@ -309,6 +309,19 @@ def test_the_hash_sees_the_order_of_merges(trained, tmp_path):
     assert load_tokenizer_file(tmp_path / "tokenizer.json").hash != trained.hash
 
 
+def test_a_file_that_leaves_parts_out_or_writes_merges_in_the_old_way_is_the_same_tokenizer(trained, tmp_path):
+    trained.save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    assert load_tokenizer_file(tmp_path / "old.json").hash == trained.hash
+
+    (tmp_path / "short.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": []}}')
+    short = load_tokenizer_file(tmp_path / "short.json")
+    assert (short.vocab_size, short.bos_id, short.eos_id) == (3, None, None) and short.encode("ba") == [1, 0]
+    assert all("\n" not in note for note in short.notes)
+
+
 def test_special_tokens_in_a_text_are_text(trained):
     ids = trained.encode("<s>a</s><unk>")
     assert not {0, 1, 2} & set(ids)
@@ -364,7 +377,9 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path, monkeypatch):
     (tmp_path / "other.json").write_text('{"version": "1.0"}')
     (tmp_path / "bad.model").write_bytes(b"\x0a\xff\xff")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     for name, message in (
+        ("deep.json", r"deep\.json must be JSON; found: maximum recursion depth"),
         ("tokenizer.json", r"tokenizer\.json must be JSON"),
         ("other.json", r"other\.json: tokenizer\.json must be a tokenizer of the `tokenizers` library"),
         ("bad.model", r"bad\.model: a SentencePiece model must be one protocol buffer"),

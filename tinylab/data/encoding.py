@@ -114,7 +114,8 @@ class Tokenizer:
         except BaseException as error:  # its panics are no Exception; whatever it raises, the slower engine works
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            self.notes.append(f"gigatoken refuses this tokenizer ({error}); using tokenizers")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.notes.append(f"gigatoken refuses this tokenizer ({reason}); using tokenizers")
             return self
         different = _first_difference(SAMPLE, fast, self._engine("tokenizers")(SAMPLE))
         if different is None:
@@ -175,7 +176,7 @@ class Tokenizer:
     def _read_vocabulary(self) -> None:
         """Sizes, special ids, bytes of each id and the hash, from the tokenizer's own data."""
         if self._json is not None and self._tokenizers is not None:
-            data, vocabulary = json.loads(self._json), self._tokenizers.get_vocab(with_added_tokens=True)
+            data, vocabulary = _parts(self._json), self._tokenizers.get_vocab(with_added_tokens=True)
             self.vocab_size = max(vocabulary.values()) + 1
             self.bos_id = _special(vocabulary, self._settings.get("bos_token"), _BOS)
             self.eos_id = _special(vocabulary, self._settings.get("eos_token"), _EOS)
@@ -216,9 +217,17 @@ def _tokenizers_from(text: str) -> Any:
     return tokenizer
 
 
+def _parts(text: str) -> dict[str, Any]:
+    """What a tokenizer.json says, with the parts it may leave out, and merges as pairs (`"a b"` in older files)."""
+    data = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None, **json.loads(text)}
+    if "merges" in data["model"]:
+        data["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
+    return data
+
+
 def _without_special(text: str) -> str:
     """tokenizer.json for encoding text alone: special tokens stay entries but are not searched for."""
-    data = json.loads(text)
+    data = _parts(text)
     data["added_tokens"] = [a for a in data["added_tokens"] if not a["special"]]
     data["post_processor"] = None
     return json.dumps(data, ensure_ascii=False)

@@ -116,7 +116,7 @@ def _read(path: Path) -> bytes:
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} must be JSON; found: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must be a JSON object; found {type(value).__name__}")
