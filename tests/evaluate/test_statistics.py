@@ -97,6 +97,24 @@ def test_paired_interval_of_hellaswag_with_a_tenth_discordant_is_as_published():
     assert (high - low) / 2 == pytest.approx(0.0062, abs=5e-5)
 
 
+@pytest.mark.parametrize(("p_a", "p_b"), [(0.001, 0.01), (0.005, 0.005), (0.02, 0.05), (0.05, 0.3)])
+def test_paired_interval_covers_as_stated_with_few_flips_and_with_many(p_a, p_b):
+    """Exact, summed over all tables: the plain normal interval covers 0.86 in the first case."""
+    stats, n = pytest.importorskip("scipy.stats"), 200
+    lost, won = np.meshgrid(np.arange(n // 2 + 1), np.arange(n // 2 + 1), indexing="ij")
+    weights = stats.multinomial.pmf(np.stack([lost, won, n - lost - won], axis=-1), n, [p_a, p_b, 1 - p_a - p_b])
+    covered = 0.0
+    for b, c in zip(*np.nonzero(weights > 1e-9), strict=True):
+        low, high = paired(np.arange(n) < b, np.arange(n) >= n - c).interval()
+        covered += weights[b, c] * (low <= p_b - p_a <= high)
+    assert covered >= 0.945
+
+
+def test_no_flip_among_few_items_is_no_proof_of_equality():
+    low, high = paired([True] * 20, [True] * 20).interval()
+    assert low == -high and high > 0.05
+
+
 def test_identical_answers_give_no_difference_and_p_of_one():
     result = paired([True, False, True], [True, False, True])
     assert (result.difference, result.stderr, result.p) == (0.0, 0.0, 1.0)

@@ -72,9 +72,13 @@ class Paired:
     p: float
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Normal interval of the difference."""
-        half = normal_quantile(level) * self.stderr
-        return self.difference - half, self.difference + half
+        """Interval of the difference: normal, after half an item is added to each of the four cells.
+
+        Without them few flips make it too short, and none a point (Agresti and Min 2005, doi 10.1002/sim.1781).
+        """
+        n, flips, gain = self.n + 2, self.only_a + self.only_b + 1, self.only_b - self.only_a
+        half = normal_quantile(level) * math.sqrt(flips - gain * gain / n) / n
+        return gain / n - half, gain / n + half
 
 
 def paired(right_a: Sequence[bool] | np.ndarray, right_b: Sequence[bool] | np.ndarray) -> Paired:
