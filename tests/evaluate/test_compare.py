@@ -125,3 +125,18 @@ def test_results_under_another_profile_do_not_pair(lab, tmp_path):
     evaluate(lab.checkpoints[1], tasks="docstring", store=tmp_path, profile="current", progress=False)
     with pytest.raises(EvaluationError, match=r"docstring: profile.add_bos is False and None"):
         compare(*lab.checkpoints, store=tmp_path, progress=False)
+
+
+def test_a_limit_and_a_profile_are_kept_though_the_store_holds_more(lab, tmp_path):
+    evaluate(lab.checkpoints, tasks="continuation", store=tmp_path, limit=8, progress=False)
+    assert [r["n"] for r in compare(*lab.checkpoints, store=tmp_path, progress=False).rows()] == [8]
+    assert [r["n"] for r in compare(*lab.checkpoints, store=tmp_path, limit=5, progress=False).rows()] == [5]
+    (pair,) = compare(
+        *lab.checkpoints, store=tmp_path, tasks="continuation", limit=5, profile="current", progress=False
+    ).pairs
+    assert pair.a.header["profile"]["name"] == pair.b.header["profile"]["name"] == "current"
+    held = {"store": tmp_path, "evaluate_missing": False, "progress": False}
+    (pair,) = compare(*lab.checkpoints, profile="current", **held).pairs
+    assert pair.a.header["profile"]["name"] == "current" and pair.result.n == 5
+    with pytest.raises(NothingFoundError, match="holds no results of small@4"):
+        compare(*lab.checkpoints, limit=6, **held)

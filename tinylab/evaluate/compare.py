@@ -10,9 +10,10 @@ from tinylab.errors import NothingFoundError
 from tinylab.evaluate.comparison import Comparison, compare_records
 from tinylab.evaluate.harness import evaluate
 from tinylab.evaluate.profile import Profile
+from tinylab.evaluate.profile import profile as find_profile
 from tinylab.evaluate.scoring import Scoring
 from tinylab.evaluate.store import Record, ResultStore, default_store, open_store
-from tinylab.evaluate.tasks import BENCHMARK_FILES, PROBES
+from tinylab.evaluate.tasks import BENCHMARK_FILES, PROBES, expand
 
 __all__ = ["Comparison", "compare", "compare_records"]
 
@@ -25,7 +26,7 @@ def compare(
     *,
     data: str | Path | None = None,
     data_dir: str | Path | None = None,
-    profile: str | Profile = "tinyllama-2023",
+    profile: str | Profile | None = None,
     limit: int | None = None,
     device: str = "cpu",
     evaluate_missing: bool = True,
@@ -33,8 +34,9 @@ def compare(
 ) -> Comparison:
     """Compare two models on every task that both were scored on; what is missing is scored first.
 
-    tasks: absent, all that the store holds for both (the probes when there is none). With `evaluate_missing` off
-    nothing is computed. Other arguments as in `evaluate`; a model that is no run takes the other's data for the probes.
+    tasks, profile, limit: absent, whatever the store holds for both; what is scored now is then the probes, under
+    `tinyllama-2023`, whole. With `evaluate_missing` off nothing is computed. Other arguments as in `evaluate`; a model
+    that is no run takes the other's data for the probes.
     Raises EvaluationError listing the fields in which profiles or items differ, NothingFoundError without results.
     """
     first, second = resolve_reference(a), resolve_reference(b)
@@ -44,9 +46,11 @@ def compare(
         from tinylab.runs.folder import Run
 
         data = data_path(Run(run).config.data)
-    held = [_held(r, s) for r, s in zip((first, second), stores, strict=True)]
-    if tasks is None and not {r.key.task for r in held[0]} & {r.key.task for r in held[1]}:
-        tasks = ("probes",)
+    held = [_held(r, s, profile) for r, s in zip((first, second), stores, strict=True)]
+    theirs = {r.key.task for r in held[1]}
+    common = [task for task in dict.fromkeys(r.key.task for r in held[0]) if task in theirs]
+    if tasks is None and (limit is not None or not common):
+        tasks = common or ("probes",)
     if tasks is not None and evaluate_missing:
         held = [
             evaluate(
@@ -55,7 +59,7 @@ def compare(
                 s,
                 data=data,
                 data_dir=data_dir,
-                profile=profile,
+                profile=profile or "tinyllama-2023",
                 limit=limit,
                 device=device,
                 progress=progress,
@@ -63,9 +67,10 @@ def compare(
             for r, s in zip((first, second), stores, strict=True)
         ]
     elif tasks is not None:
-        from tinylab.evaluate.tasks import expand
-
-        held = [[r for r in records if r.key.task in expand(tasks)] for records in held]
+        names = expand(tasks)
+        held = [
+            [r for r in records if r.key.task in names and limit in (None, r.header.get("limit"))] for records in held
+        ]
     for reference, records, place in zip((first, second), held, stores, strict=True):
         if not records:
             raise NothingFoundError(
@@ -81,9 +86,10 @@ def compare(
     return Comparison(**identities, pairs=comparison.pairs, notes=comparison.notes + first.notes + second.notes)
 
 
-def _held(reference: Reference, store: ResultStore) -> list[Record]:
+def _held(reference: Reference, store: ResultStore, profile: str | Profile | None) -> list[Record]:
     """What a store holds for a model, found by its weights; tasks in the order in which they are scored."""
-    records = store.records()
+    wanted = None if profile is None else find_profile(profile).hash
+    records = [r for r in store.records() if wanted in (None, r.key.profile)]
     if not records:
         return []
     weights = Scoring(reference, store, Profile(name="any")).weights
