@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas
 import pytest
 
 from tinylab.analysis.moves import mean_contributions, own_moves, published_moves
 from tinylab.analysis.spikes import loss_spikes
+from tinylab.evaluate.harness import evaluate
 from tinylab.evaluate.published import published
 from tinylab.evaluate.store import Scores
 from tinylab.runs.folder import Run
@@ -39,6 +41,14 @@ def test_own_moves_equal_the_difference_of_the_scores(lab: Path):
         assert row["change"] == pytest.approx(values[row["to"]] - values[row["from"]])
         assert (row["wrong to right"] - row["right to wrong"]) / 20 == pytest.approx(row["change"])
         assert row["p_holm"] >= row["p"]
+
+
+def test_a_checkpoint_scored_on_something_else_leaves_its_neighbours_to_compare(lab: Path):
+    steps = [int(path.name[5:]) for path in Run("tiny").checkpoints()]
+    before = own_moves("tiny").drop(columns="p_holm")
+    evaluate(f"tiny@{steps[3]}", tasks="continuation", limit=5, progress=False)
+    evaluate(f"tiny@{steps[-1]}", tasks="continuation", limit=3, progress=False)
+    pandas.testing.assert_frame_equal(own_moves("tiny").drop(columns="p_holm"), before)
 
 
 def test_the_step_that_stands_out_is_found_and_the_fast_fall_is_not(tmp_path: Path):

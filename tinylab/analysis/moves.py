@@ -16,23 +16,25 @@ if TYPE_CHECKING:
 def own_moves(store: Any, alpha: float = 0.05) -> pandas.DataFrame:
     """One row per task and pair of neighbouring checkpoints of a store, joined item by item.
 
+    Neighbours are the nearest two scored on the same items under one profile, task by task.
     Columns: `task, from, to` (labels), `tokens` (after), `change, low, high` (fractions), `right to wrong`,
     `wrong to right`, `p` (exact McNemar), `p_holm` (over the whole table), `significant` (p_holm < alpha).
     """
     import pandas
 
-    by_model: dict[str, list[Record]] = {}
+    series: dict[tuple[str, str, str, str], list[Record]] = {}
     for record in Scores(store).records():
         if record.header.get("tokens") is not None:
-            by_model.setdefault(record.key.weights, []).append(record)
+            key = record.key
+            series.setdefault((key.task, key.version, key.profile, key.items), []).append(record)
     rows = []
-    for before, after in pairwise(by_model.values()):
-        for row in compare_records(before, after).rows():
-            rows.append(
-                {"task": row["task"], "from": before[0].header["label"], "to": after[0].header["label"]}
-                | {"tokens": after[0].header["tokens"], "change": row["difference"], "low": row["low"]}
-                | {"high": row["high"], "right to wrong": row["only_a"], "wrong to right": row["only_b"], "p": row["p"]}
-            )
+    for before, after in (pair for records in series.values() for pair in pairwise(records)):
+        (row,) = compare_records([before], [after]).rows()
+        rows.append(
+            {"task": row["task"], "from": before.header["label"], "to": after.header["label"]}
+            | {"tokens": after.header["tokens"], "change": row["difference"], "low": row["low"]}
+            | {"high": row["high"], "right to wrong": row["only_a"], "wrong to right": row["only_b"], "p": row["p"]}
+        )
     rows.sort(key=lambda row: (row["task"], row["tokens"]))
     return pandas.DataFrame(_with_holm(rows, alpha))
 
