@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,16 @@ def test_weight_hash_does_not_change_with_sharding_and_does_with_one_value(tmp_p
     save_weights(state, MODEL, tmp_path / "changed")
     write_config(MODEL, tmp_path / "changed", bos_id=1, eos_id=2)
     assert weight_hash(tmp_path / "changed") != weight_hash(tmp_path / "one")
+
+
+def test_weight_hash_does_not_change_with_a_format_that_stores_the_tied_head(tmp_path):
+    config = replace(MODEL, tie_embeddings=True, init="normal")
+    model = Llama(config)
+    model.init_weights(0)
+    save_weights(model.state_dict(), config, tmp_path / "hf")
+    write_config(config, tmp_path / "hf")
+    save_pth(model, tmp_path / "m.pth")
+    assert weight_hash(tmp_path / "hf") == weight_hash(tmp_path / "m.pth")
 
 
 def test_weight_hash_is_the_sha256_that_its_docstring_describes(tmp_path):

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,20 +70,39 @@ class Weights:
         return kinds.pop() if len(kinds) == 1 else torch.float32
 
     def check(self) -> Weights:
-        """These weights; CheckpointError listing all missing, unexpected and misshaped tensors together."""
+        """These weights, exactly the tensors of their configuration: a tied head and rotary buffers are left out.
+
+        Raises CheckpointError listing all missing, unexpected and misshaped tensors together, and for a tied head
+        that is stored and differs from the embedding.
+        """
         layers = {int(found[1]) for found in map(_LAYER.match, self.tensors) if found}
         if self.model.n_layer > 2 * len(layers) + 8:  # before the names of a billion layers are made
             raise CheckpointError(
                 f"{self.origin} must hold the {self.model.n_layer} layers of its configuration; found {len(layers)}"
             )
         expected = {part: shape for parts in name_map(self.model).values() for part, shape in parts}
-        optional = {"lm_head.weight"} if self.model.tie_embeddings else set()
-        found = {n: t.shape for n, t in self.tensors.items() if n not in optional and not _DERIVED.fullmatch(n)}
-        check_shapes(found, expected, self.origin)
-        bad = sorted(f"{n} ({t.dtype})" for n, t in self.tensors.items() if not t.dtype.is_floating_point)
+        repeated = {"lm_head.weight"} if self.model.tie_embeddings else set()
+        kept = {n: t for n, t in self.tensors.items() if n not in repeated and not _DERIVED.fullmatch(n)}
+        check_shapes({n: t.shape for n, t in kept.items()}, expected, self.origin)
+        bad = sorted(f"{n} ({t.dtype})" for n, t in kept.items() if not t.dtype.is_floating_point)
         if bad:
             raise CheckpointError(f"{self.origin} must hold floating-point tensors; found {', '.join(bad[:20])}")
-        return self
+        for name in repeated & self.tensors.keys():
+            self._check_tie(self.tensors[name], kept["model.embed_tokens.weight"])
+        return replace(self, tensors=kept)
+
+    def _check_tie(self, head: LazyTensor, embed: LazyTensor) -> None:
+        if head.storage is not None and head.storage == embed.storage:
+            return
+        if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not torch.equal(*map(_bytes, (head, embed))):
+            raise CheckpointError(
+                f"{self.origin}: the configuration ties the embeddings, so lm_head.weight must equal "
+                "model.embed_tokens.weight; they differ. Untie them in the configuration, or remove lm_head.weight"
+            )
+
+
+def _bytes(tensor: LazyTensor) -> Tensor:
+    return tensor.load().contiguous().flatten().view(torch.uint8)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -130,7 +149,7 @@ def load_weights(
     are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
     Raises CheckpointError listing every tensor that does not fit.
     """
-    weights.check()
+    weights = weights.check()
     model = Llama.empty(weights.model, device, dtype or weights.dtype)
     on_cpu = torch.device(device).type == "cpu"
     to_read: list[tuple[Path, int, Tensor]] = []
@@ -151,7 +170,6 @@ def load_weights(
         list(pool.map(lambda job: read_values(*job), to_read))
     if weights.model.tie_embeddings:
         model.head.weight = model.embed.weight
-        _check_tie(weights)
     return model.eval()
 
 
@@ -170,13 +188,3 @@ def _map(tensors: list[LazyTensor], target: Tensor) -> Tensor | None:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
     return None if mapped is None else torch.frombuffer(mapped, dtype=target.dtype).view(target.shape)
-
-
-def _check_tie(weights: Weights) -> None:
-    if "lm_head.weight" in weights.tensors:
-        head, embed = (weights.tensors[n].load() for n in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not torch.equal(head, embed):
-            raise CheckpointError(
-                f"{weights.origin}: the configuration ties the embeddings, so lm_head.weight must equal "
-                "model.embed_tokens.weight; they differ. Untie them in the configuration, or remove lm_head.weight"
-            )

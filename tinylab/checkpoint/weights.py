@@ -14,7 +14,8 @@ from tinylab.checkpoint.formats import open_weights
 def weight_hash(path: str | Path) -> str:
     """SHA-256 over all tensors under Hugging Face's names in name order: name, dtype, shape, bytes.
 
-    Reads one tensor at a time. Raises CheckpointError for what is no checkpoint or is damaged.
+    A tied head and rotary buffers do not count: some formats store them, others do not. Reads one tensor at a time.
+    Raises CheckpointError for what is no checkpoint or is damaged.
     """
     tensors = open_weights(path).tensors
     digest = hashlib.sha256()
