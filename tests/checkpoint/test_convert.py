@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tinylab.checkpoint import litgpt
@@ -92,17 +93,38 @@ def test_dtype_is_changed_on_request(source: Path, tmp_path: Path):
 def test_pickled_hugging_face_weights_open_without_unpickling(source: Path, tmp_path: Path, sharded: bool):
     state = AutoModelForCausalLM.from_pretrained(source).state_dict()
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as old checkpoints have it
-    folder = tmp_path / "old"
+    names = sorted(state)
+    parts = {"pytorch_model.bin": names}
+    if sharded:
+        parts = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    folder = pickled_folder(source, tmp_path / "old", {f: {n: state[n] for n in part} for f, part in parts.items()})
+    assert states_equal(load_weights(open_weights(folder)), load_folder(source))
+
+
+def pickled_folder(source: Path, folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> Path:
+    """`source`'s configuration with `parts` as `.bin` files; an index when there are several."""
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    names = sorted(state)
-    parts = [names[::2], names[1::2]] if sharded else [names]
-    files = [f"pytorch_model-0000{i}-of-00002.bin" if sharded else "pytorch_model.bin" for i in range(len(parts))]
-    for file, part in zip(files, parts, strict=True):
-        torch.save({n: state[n] for n in part}, folder / file)
-    if sharded:
-        where = {n: file for file, part in zip(files, parts, strict=True) for n in part}
+    for file, part in parts.items():
+        torch.save(part, folder / file)
+    if len(parts) > 1:
+        where = {n: file for file, part in parts.items() for n in part}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+def test_a_tensor_in_two_files_is_refused(source: Path, tmp_path: Path):
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    more = {"model.norm.weight": torch.zeros(32)}
+    folder = pickled_folder(source, tmp_path / "old", {"pytorch_model-1.bin": state, "pytorch_model-2.bin": more})
+    with pytest.raises(CheckpointError, match=r"every tensor once; found in two files: model\.norm\.weight"):
+        open_weights(folder)
+
+
+def test_foreign_safetensors_beside_a_bin_are_no_model(source: Path, tmp_path: Path):
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    folder = pickled_folder(source, tmp_path / "old", {"pytorch_model.bin": state})
+    save_file({"a": torch.zeros(1)}, folder / "adapter.safetensors")
     assert states_equal(load_weights(open_weights(folder)), load_folder(source))
 
 

@@ -157,6 +157,15 @@ def test_other_architectures_are_named():
         model_from_litgpt(values, "model_config.yaml")
 
 
+def test_keys_whose_default_is_another_model_must_be_given():
+    values = model_to_litgpt(SHAPE)
+    for key in ("rotary_percentage", "parallel_residual", "mlp_class_name", "norm_class_name"):
+        with pytest.raises(CheckpointError, match=f"{key} must be given; litgpt's default is"):
+            model_from_litgpt({k: v for k, v in values.items() if k != key}, "model_config.yaml")
+    with pytest.raises(CheckpointError, match="n_embd must be a whole number; found None"):
+        model_from_litgpt({k: v for k, v in values.items() if k != "n_embd"}, "model_config.yaml")
+
+
 @pytest.mark.parametrize("scaling", [None, RopeScaling(factor=8.0, original_seq_len=16)])
 def test_files_of_litgpt_itself_give_its_logits(tmp_path: Path, scaling: RopeScaling | None):
     lit = official()

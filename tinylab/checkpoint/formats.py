@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from tinylab.checkpoint import litgpt, llama2c
-from tinylab.checkpoint.huggingface import model_from_config, read_header, weight_files
+from tinylab.checkpoint.huggingface import INDEX, model_from_config, read_header, weight_files
 from tinylab.checkpoint.lazy import LazyTensor, Weights, load_weights
 from tinylab.checkpoint.torchzip import TorchArchive
 from tinylab.errors import CheckpointError
@@ -46,31 +47,34 @@ def load_folder(folder: str | Path, device: str | torch.device = "cpu", dtype: t
 
 def _has_pickles_only(folder: Path) -> bool:
     pickled = (folder / _PICKLED_INDEX).is_file() or (folder / "pytorch_model.bin").is_file()
-    return pickled and not any(folder.glob("*.safetensors"))
+    return pickled and not any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
 
 
 def _safetensors(folder: Path) -> Weights:
     model = model_from_config(folder / "config.json")
-    tensors: dict[str, LazyTensor] = {}
-    for file in weight_files(folder):
-        path = folder / file
-        for name, (dtype, shape, start) in read_header(path).items():
-            if name in tensors:
-                raise CheckpointError(f"{folder} must hold {name} once; found it in two files")
-            tensors[name] = LazyTensor.stored(path, start, shape, dtype)
-    return Weights(model, tensors, str(folder))
+    parts = []
+    for path in (folder / file for file in weight_files(folder)):
+        stored = read_header(path).items()
+        parts.append({n: LazyTensor.stored(path, start, shape, dtype) for n, (dtype, shape, start) in stored})
+    return Weights(model, _together(parts, folder), str(folder))
 
 
 def _pickled(folder: Path) -> Weights:
     """A folder with `pytorch_model.bin`, whole or in parts, read without unpickling (checkpoint/pickles.py)."""
     model = model_from_config(folder / "config.json")
-    tensors: dict[str, LazyTensor] = {}
-    for file in _pickled_files(folder):
-        value = TorchArchive(folder / file).value
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{folder / file} must hold a state dict; found a {type(value).__name__}")
-        tensors |= {str(k): v for k, v in value.items() if isinstance(v, LazyTensor)}
-    return Weights(model, tensors, str(folder))
+    archives = [TorchArchive(folder / file) for file in _pickled_files(folder)]
+    return Weights(model, _together([a.tensors(a.value) for a in archives], folder), str(folder))
+
+
+def _together(parts: list[dict[str, LazyTensor]], folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of all files. Raises CheckpointError for one that stands in two of them: which would be right?"""
+    counts = Counter(name for part in parts for name in part)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise CheckpointError(
+            f"{folder} must hold every tensor once; found in two files: {', '.join(twice[:20])}. Download it again"
+        )
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def _pickled_files(folder: Path) -> list[str]:

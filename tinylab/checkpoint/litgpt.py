@@ -82,10 +82,10 @@ def open_checkpoint(path: str | Path, model: Model | None = None) -> Weights:
     archive = TorchArchive(file)
     value = archive.value
     wrapped = isinstance(value, dict) and isinstance(value.get("model"), dict)
-    state = value["model"] if wrapped else value
-    if not isinstance(state, dict) or not any(isinstance(v, LazyTensor) for v in state.values()):
+    found = archive.tensors(value["model"] if wrapped else value)
+    if not found:
         raise CheckpointError(f"{file} must hold a state dict, bare or under the key model; found no tensors there")
-    tensors = {str(k).replace("_orig_mod.", ""): v for k, v in state.items() if isinstance(v, LazyTensor)}
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
     if "transformer.wte.weight" not in tensors:
         raise CheckpointError(
             f"{file} must hold lit-gpt's names (transformer.wte.weight, …); found {', '.join(list(tensors)[:3])}, …"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "rope_indices": (),
 }
 """Keys that must have one of these values, or be null or absent: everything else would be another model."""
+_DEFAULTS = {
+    ("norm_class_name", "_norm_class"): "LayerNorm",
+    ("mlp_class_name", "_mlp_class"): "GptNeoxMLP",
+    ("rotary_percentage",): "0.25",
+    ("parallel_residual",): "true",
+}
+"""Keys that must not be absent, by any of their names: litgpt would then build another model."""
 
 
 def find_config(file: Path, archive: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Model:
@@ -83,12 +91,14 @@ def model_from_litgpt(values: Mapping[str, Any], where: str) -> Model:
     for key, allowed in _FIXED.items():
         if values.get(key) is not None and values[key] not in allowed:
             wanted = " or ".join(map(repr, allowed)) or "null"
-            problems.append(f"{key} must be {wanted}; found {values[key]!r}")
-    if "norm_class_name" not in values and "_norm_class" not in values:
-        problems.append("norm_class_name must be given; litgpt's default is LayerNorm")
+            problems.append(f"{key} must be {wanted}; found {reprlib.repr(values[key])}")
+    for names, default in _DEFAULTS.items():
+        if not any(name in values for name in names):
+            problems.append(f"{names[0]} must be given; litgpt's default is {default}")
     heads = values.get("n_head")
     try:
-        size = values.get("head_size") or values["n_embd"] // values["n_head"]
+        width = _count(values, "n_embd")
+        size = _count(values, "head_size", width // _count(values, "n_head"))
         if values.get("attention_scores_scalar") not in (None, size):
             problems.append(f"attention_scores_scalar must be null or the head size {size}")
         if problems:
@@ -96,11 +106,11 @@ def model_from_litgpt(values: Mapping[str, Any], where: str) -> Model:
         return Model(
             vocab_size=_count(values, "padded_vocab_size"),
             n_layer=_count(values, "n_layer"),
-            d_model=_count(values, "n_embd"),
+            d_model=width,
             n_head=_count(values, "n_head"),
             n_kv_head=_count(values, "n_query_groups", heads),
             d_ff=_count(values, "intermediate_size"),
-            d_head=None if size * values["n_head"] == values["n_embd"] else size,
+            d_head=None if size * values["n_head"] == width else size,
             seq_len=_count(values, "block_size"),
             norm_eps=float(values.get("norm_eps", 1e-5)),
             rope_theta=float(values.get("rope_base", 10_000)),
@@ -114,7 +124,7 @@ def _count(values: Mapping[str, Any], key: str, default: Any = None) -> int:
     value = values.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} must be a whole number; found {value!r}")
+        raise ValueError(f"{key} must be a whole number; found {reprlib.repr(value)}")
     return value
 
 

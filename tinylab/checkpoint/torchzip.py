@@ -50,25 +50,23 @@ class _CappedFile(io.FileIO):
 
 
 class TorchArchive:
-    """An opened `.pth` or `.bin`: `.value` is the saved object with a LazyTensor in each tensor's place."""
+    """An opened `.pth` or `.bin`: `.value` is the saved object, a TensorSpec in each tensor's place."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._members = _read_directory(self.path)
         self._verified: set[str] = set()
         data = self._read(self._members["data.pkl"], "data.pkl")
-        self.value = self._tensors(pickles.read(data, f"{self.path}: data.pkl"))
+        self.value = pickles.read(data, f"{self.path}: data.pkl")
 
-    def _tensors(self, value: Any) -> Any:
-        """Plain dictionaries and lists with lazy tensors, three levels deep: state dicts lie no deeper."""
-        return self._replace(value, 3)
+    def tensors(self, state: Any) -> dict[str, LazyTensor]:
+        """The tensors that stand directly in `state`, a state dict of this archive; none if it is something else.
 
-    def _replace(self, value: Any, depth: int) -> Any:
-        if isinstance(value, pickles.TensorSpec):
-            return self._lazy(value)
-        if depth and isinstance(value, dict):
-            return {k: self._replace(v, depth - 1) for k, v in value.items()}
-        return value
+        Nothing below is followed: a dictionary that holds itself would never end.
+        """
+        if not isinstance(state, dict):
+            return {}
+        return {str(k): self._lazy(v) for k, v in state.items() if isinstance(v, pickles.TensorSpec)}
 
     def _lazy(self, spec: pickles.TensorSpec) -> LazyTensor:
         """A reader of one tensor, after every number in its description was checked against the archive."""
@@ -95,7 +93,7 @@ class TorchArchive:
             raw = self._read_span(storage.key, spec.offset * dtype.itemsize, (last + 1) * dtype.itemsize)
             return raw.view(dtype).as_strided(spec.shape, spec.stride)
 
-        return LazyTensor(spec.shape, dtype, load, f"{storage.key}:{spec.offset}:{spec.stride}")
+        return LazyTensor(spec.shape, dtype, load, f"{self.path}:{storage.key}:{spec.offset}:{spec.stride}")
 
     def _read_span(self, key: str, offset: int, count: int) -> Tensor:
         """Bytes of a storage as uint8; the whole storage is checked against its CRC-32 when it is first touched."""
