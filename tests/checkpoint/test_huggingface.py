@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from dataclasses import replace
@@ -21,8 +22,10 @@ from tinylab.checkpoint.huggingface import (
     weight_files,
     write_config,
 )
+from tinylab.checkpoint.huggingface_config import config_values
 from tinylab.config.schema import Model, RopeScaling
 from tinylab.errors import CheckpointError
+from tinylab.model.rope import rope_frequencies
 from tinylab.model.transformer import Llama
 
 BASE = Model(vocab_size=31, n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, seq_len=16, init="normal")
@@ -101,6 +104,15 @@ def test_the_stored_dtype_is_kept_unless_another_is_asked_for(tmp_path: Path):
     assert load_folder(tmp_path, dtype=torch.float32).embed.weight.dtype == torch.float32
 
 
+def test_rotary_buffers_of_old_checkpoints_do_not_change_the_dtype(tmp_path: Path):
+    model = saved(tmp_path, max_shard_bytes=10**9, dtype=torch.float16)
+    (tmp_path / INDEX).unlink()
+    tensors = {k: v.clone() for k, v in to_huggingface(model.state_dict(), BASE).items()}
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    save_file(tensors | buffers, tmp_path / "model.safetensors")
+    assert load_folder(tmp_path).embed.weight.dtype == torch.float16
+
+
 def test_shards_stay_below_their_limit_and_the_index_covers_every_tensor(tmp_path: Path):
     model = saved(tmp_path, max_shard_bytes=9_000)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -170,7 +182,16 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path):
             {"rope_scaling": {"type": "yarn", "factor": 2.0}},
             "rope_type must be default, linear or llama3; found 'yarn'",
         ),
-        ({"rope_scaling": {"type": "linear"}}, "config.json cannot be used: 'factor'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear must give factor; found none"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "must give low_freq_factor, high_freq_factor; found none"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+            "rope_scaling.partial_rotary_factor = 0.5 is unknown and may change the model",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            "rope_scaling.full_attention = .*yarn.* is unknown and may change the model",
+        ),
         ({"hidden_size": None}, "hidden_size must be given"),
         ({"hidden_size": "32"}, "hidden_size must be of type int; found '32'"),
         ({"num_key_value_heads": 3}, r"n_kv_head \(3\) must divide"),
@@ -182,6 +203,32 @@ def test_a_configuration_that_is_no_llama_is_refused_by_what_differs(changes: di
     edit(tmp_path / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
         load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0}},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 3e4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_scaling": None},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_scaling": {"factor": 2.0}, "head_dim": 16},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    ],
+)
+def test_every_spelling_of_rope_gives_transformers_frequencies(rope: dict):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    values = config_values(BASE)
+    values = {k: v for k, v in values.items() if k not in ("rope_theta", "rope_scaling", "head_dim")} | rope
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(copy.deepcopy(values)))  # it writes into what it is given
+    assert theirs.attention_scaling == 1.0
+    ours = rope_frequencies(model_from_config(values))
+    torch.testing.assert_close(ours, theirs.inv_freq, rtol=1e-6, atol=0)
 
 
 def test_every_difference_is_named_at_once():

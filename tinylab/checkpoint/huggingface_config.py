@@ -38,6 +38,14 @@ _HARMLESS = {
     *("is_decoder", "tokenizer_class", "prefix", "torchscript", "hidden_dropout"),
 }
 """Keys that do not change what the model computes (dropout is off outside training elsewhere)."""
+_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""What rope_scaling (rope_parameters in transformers 5) must give, by its type."""
+_ROPE_READ = {*_ROPE_NEEDS["llama3"], "rope_theta", "rope_type", "type", "original_max_position_embeddings"}
+"""Its other keys may change the model."""
 
 
 def config_values(config: Model) -> dict[str, Any]:
@@ -156,12 +164,19 @@ def _rope(values: dict[str, Any], seq_len: int) -> tuple[float, RopeScaling | No
         raise ConfigError(f"rope_scaling must be an object; found {rope!r}")
     theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in _ROPE_NEEDS:
+        raise ConfigError(f"rope_scaling.rope_type must be default, linear or llama3; found {kind!r}")
+    for key, value in rope.items():
+        is_whole = key == "partial_rotary_factor" and value in _FIXED[key]
+        if key not in _ROPE_READ and value is not None and not is_whole:
+            raise ConfigError(f"rope_scaling.{key} = {value!r} is unknown and may change the model")
+    missing = [key for key in _ROPE_NEEDS[kind] if rope.get(key) is None]
+    if missing:
+        raise ConfigError(f"rope_scaling of type {kind} must give {', '.join(missing)}; found none")
     if kind == "default":
         return theta, None
     if kind == "linear":
         return theta, RopeScaling(rope_type="linear", factor=float(rope["factor"]))
-    if kind != "llama3":
-        raise ConfigError(f"rope_scaling.rope_type must be default, linear or llama3; found {kind!r}")
     return theta, RopeScaling(
         rope_type="llama3",
         factor=float(rope["factor"]),
