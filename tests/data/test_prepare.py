@@ -195,6 +195,22 @@ def test_the_limit_is_filled_and_its_last_document_ends_with_a_line(data, texts)
     assert taken == {*kept[:half], cut}
 
 
+def test_a_copy_at_the_limit_is_left_out_and_no_part_of_it_stored(tmp_path, tokenizer_folder):
+    """A cut copy of a held-out document among the training documents would leak it."""
+    first, second, third = (f"{i}\n" * 30 for i in "abc")
+    lines = [json.dumps({"text": t}) + "\n" for t in (first, second, first, third)]
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    (tmp_path / "y.jsonl").write_text("".join(lines[2:]) + json.dumps({"text": "more\n"}))
+    sources = (
+        Source(name="x", corpus=f"files:{tmp_path}/x.jsonl", limit_mb=150e-6),
+        Source(name="y", corpus=f"files:{tmp_path}/y.jsonl"),
+    )
+    shards = prepare(Data(sources=sources, vocab_size=VOCAB, tokenizer=str(tokenizer_folder)), progress=quiet)
+    x, y = (sorted(stored_texts(shards, "train", n) + stored_texts(shards, "validation", n)) for n in "xy")
+    assert (x, y) == ([first, second, third[:30]], ["more\n"])
+    assert [shards.manifest["report"]["sources"][n]["duplicates"] for n in "xy"] == [1, 2]
+
+
 def test_half_characters_are_repaired_and_counted(tmp_path, tokenizer_folder):
     (tmp_path / "x.jsonl").write_text('{"text": "half \\ud800 here"}\n{"text": "whole"}\n')
     data = Data(

@@ -53,20 +53,22 @@ class Spool:
             for document in documents:
                 counts["read"] += 1
                 data = _encode(document, counts)
-                full = limit_bytes is not None and self.n_bytes + len(data) >= limit_bytes
-                if limit_bytes is not None and full:
-                    data = _cut(data, int(limit_bytes) - self.n_bytes)
-                digest = hashlib.sha256(data).digest()
+                whole = hashlib.sha256(data).digest()
                 if not data.strip():
                     counts["empty"] += 1
-                elif digest in seen:
+                    continue
+                if whole in seen:  # before any cut: a part of what is stored already would be new
                     counts["duplicates"] += 1
-                else:
-                    seen.add(digest)
-                    entries.append(Entry(digest, document.origin, self.n_bytes, len(data)))
-                    file.write(data)
-                    self.n_bytes += len(data)
-                if full:
+                    continue
+                room = len(data) + 1 if limit_bytes is None else int(limit_bytes) - self.n_bytes
+                part = _cut(data, room)
+                digest = whole if part is data else hashlib.sha256(part).digest()
+                if part.strip() and digest not in seen:
+                    entries.append(Entry(digest, document.origin, self.n_bytes, len(part)))
+                    file.write(part)
+                    self.n_bytes += len(part)
+                seen |= {whole, digest}
+                if len(data) >= room:
                     break
         self._entries = entries
         self.report = {key: counts[key] for key in ("read", "empty", "duplicates", "repaired")}
