@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -89,6 +90,19 @@ def matching_files(pattern: str) -> list[str]:
         return [pattern]
     found = {p for a in _alternatives(pattern) for p in glob.glob(a, recursive=True) if not os.path.isdir(p)}
     return sorted(found)
+
+
+def listing(spec: str) -> dict[str, Any] | None:
+    """How many files a `files:` corpus matches now, and a digest of their names and sizes; None for any other."""
+    kind, _, pattern = spec.partition(":")
+    if kind != "files":
+        return None
+    digest = hashlib.sha256()
+    paths = matching_files(pattern)
+    for path in paths:
+        size = os.stat(path).st_size if os.path.exists(path) else -1  # reading it names what is wrong with it
+        digest.update(os.fsencode(path) + b"\0%d\0" % size)
+    return {"files": len(paths), "sha256": digest.hexdigest()}
 
 
 def _alternatives(pattern: str) -> list[str]:

@@ -26,7 +26,7 @@ import numpy as np
 from tinylab import __version__
 from tinylab.config.io import run_to_dict
 from tinylab.config.schema import Data, Source
-from tinylab.data.corpora import open_corpus
+from tinylab.data.corpora import listing, open_corpus
 from tinylab.data.packing import DTYPES, ShardWriter, build_manifest, dtype_name, source_entry
 from tinylab.data.shards import ShardSet, open_shards
 from tinylab.data.spool import Spool, sample
@@ -59,7 +59,8 @@ def data_path(data: Data) -> Path:
 def prepare(data: Data, *, path: Path | None = None, progress: Say | None = None) -> ShardSet:
     """The shards of a data section in `path` (default: `data_path(data)`), prepared now if they are not there yet.
 
-    Two callers at once: the second waits and finds them done. `progress` receives lines of text (default: standard
+    Two callers at once: the second waits and finds them done. Shards stay as they are when the files of a source
+    change, since a run must be able to go on; a line says so. `progress` receives lines of text (default: standard
     error). Raises DataError: a missing, empty or unreadable corpus (source and file named), a tokenizer of another
     size than data.vocab_size, other data in the folder, no permission, not enough disk. Then nothing is left behind.
     """
@@ -67,6 +68,7 @@ def prepare(data: Data, *, path: Path | None = None, progress: Say | None = None
     say = progress or (lambda line: print(f"prepare: {line}", file=sys.stderr, flush=True))
     shards = _prepared(target, data)
     if shards is not None:
+        _say_what_changed(shards, data, say)
         return shards
     with _locked(target, say):
         shards = _prepared(target, data)
@@ -123,6 +125,19 @@ def _prepared(target: Path, data: Data) -> ShardSet | None:
     return shards
 
 
+def _say_what_changed(shards: ShardSet, data: Data, say: Say) -> None:
+    """Say which sources match other files now than when `shards` were prepared; gone files are no change."""
+    for source in data.sources:
+        before = shards.manifest["report"].get("listings", {}).get(source.name)
+        now = listing(source.corpus) if before else None
+        if before and now and now["files"] and now != before:
+            say(
+                f"{shards.path} is used as it was prepared, but source {source.name} ({source.corpus}) has changed: "
+                f"{before['files']:,} files then, {now['files']:,} now, of other names or sizes. "
+                "To prepare it again, delete the folder or give another (data.path)"
+            )
+
+
 @contextmanager
 def _locked(target: Path, say: Say) -> Iterator[None]:
     """Hold the lock of `target`, a file beside it that goes with its holder; waits for another preparation."""
@@ -158,6 +173,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
     """Write shards and tokenizer of `data` below `folder`; gives the manifest."""
     started = time.monotonic()
+    listings = {source.name: listing(source.corpus) for source in data.sources}
     spools = _read_sources(folder / "spool", data, say)
     tokenizer = _tokenizer(data, spools, say)
     boundary = _boundary(tokenizer, data)
@@ -197,6 +213,7 @@ def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
         tool=f"tinylab {__version__}",
         report={
             "sources": {spool.name: spool.report for spool in spools},
+            "listings": {name: found for name, found in listings.items() if found},
             "conservation": {
                 "tokens_encoded": encoded,
                 "boundary_tokens": documents * sum(map(len, boundary)),
