@@ -51,6 +51,13 @@ class StopFileAt(Hook):
             (self._run.path / "stop").touch()
 
 
+class Draws(Hook):
+    """Draws random numbers after each step, as dropout would: nothing else in a run does."""
+
+    def step(self, record: dict) -> None:
+        torch.rand(3)
+
+
 def run_child(request: dict, stderr: int) -> int:
     """Train as asked; the exit code."""
     os.setsid()
@@ -61,6 +68,8 @@ def run_child(request: dict, stderr: int) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     hooks: list[Hook] = [SignalAt(*request["signal_at"])] if request.get("signal_at") else []
     run = Run(request["run"])
+    if request.get("draws"):
+        hooks.append(Draws())
     if request.get("stop_at"):
         hooks.append(StopFileAt(request["stop_at"], run))
     try:

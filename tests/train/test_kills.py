@@ -85,6 +85,16 @@ def test_kill_while_resuming_loses_nothing(
     assert_nothing_lost(pruned_reference, run)
 
 
+def test_random_generators_go_on_where_the_checkpoint_left_them(trainer: Any, assert_nothing_lost: Any, tmp_path: Path):
+    whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
+    assert trainer.go(whole.path, draws=True).code == 0
+    assert trainer.go(cut.path, draws=True, failpoint="step.logged:14").code == -signal.SIGKILL
+    assert trainer.go(cut.path, draws=True).code == 0
+    assert_nothing_lost(whole, cut)
+    states = {(p / "trainer" / "rng.safetensors").read_bytes() for p in whole.checkpoints()}
+    assert len(states) == len(whole.checkpoints()), "the state moves with every step"
+
+
 def disturb(trainer: Any, run: Run, config: RunConfig, seed: int, full_s: float) -> int:
     """Kill the run at random moments until it ends; returns the number of kills."""
     generator = random.Random(seed)
