@@ -89,6 +89,17 @@ def test_runs_lists_the_run(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert [(r["run"], r["state"], r["step"], r["steps"]) for r in rows] == [("mine", "done", 16, 16)]
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(folder / "mine", tmp_path / "good")
+    shutil.copytree(folder / "mine", tmp_path / "bad")
+    (tmp_path / "bad" / "metrics.jsonl").write_text("damaged\n")
+    rows = answer(capsys, "runs", str(tmp_path))
+    assert [(r["run"], r["state"]) for r in rows] == [("bad", "unreadable"), ("good", "done")]
+    assert "metrics.jsonl, line 1" in rows[0]["error"]
+
+
 def test_checkpoints_lists_every_committed_folder_with_its_size(folder: Path, capsys: pytest.CaptureFixture[str]):
     run = Run(folder / "mine")
     rows = answer(capsys, "checkpoints", str(run.path))

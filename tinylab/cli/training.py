@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tinylab.cli.output import Answer, table, token_count
 from tinylab.config import presets
 from tinylab.config.io import load_run, override, parse_count
 from tinylab.config.schema import RunConfig
-from tinylab.errors import ConfigError, NothingFoundError
+from tinylab.errors import ConfigError, NothingFoundError, TinylabError
 from tinylab.runs.folder import Run, home, list_runs
 
 
@@ -95,9 +96,18 @@ def runs_verb(root: Annotated[str | None, arg(metavar="FOLDER")] = None, /) -> A
     found = list_runs(place)
     if not found:
         raise NothingFoundError(f"{place} must hold run folders; found none. Start one: tinylab train mine")
-    rows = [run_summary(r) for r in found]
+    rows = [_row(r) for r in found]
     columns = ["run", "state", "step", "steps", "tokens", "loss", "validation_loss", "checkpoints"]
     return Answer(rows, table(rows, columns))
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """The summary of a run; of one that cannot be read only why, so that the others are still listed."""
+    try:
+        return run_summary(run)
+    except (TinylabError, OSError) as error:
+        print(f"warning: {run.name}: {error}", file=sys.stderr)
+        return {"run": run.name, "path": str(run.path), "state": "unreadable", "error": str(error)}
 
 
 def run_summary(run: Run) -> dict[str, Any]:
