@@ -52,8 +52,10 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
     check_ranks(config, context.world)
     step = 0
     if context.is_main:
-        for torn in run.path.glob(".*.tmp"):
-            torn.unlink()
+        for file in (run.config_path, run.provenance_path, run.status_path):
+            for torn in run.path.glob(f".{file.name}.*.tmp"):
+                torn.unlink()
+        run.repair_journal()
         if run.exists():
             _require_same(config, run)
         else:
@@ -61,7 +63,6 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
             run.create(config, provenance())
             failpoint("open.created")
         run.checkpoints_path.mkdir(mode=0o700, exist_ok=True)
-        run.repair_journal()
         checkpoint, notes = latest_good(run)
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
