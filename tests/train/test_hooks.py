@@ -15,6 +15,7 @@ import pytest
 from tinylab.config.schema import RunConfig
 from tinylab.errors import RunStopped
 from tinylab.runs.folder import Run
+from tinylab.train import hooks
 from tinylab.train.hooks import Heartbeat, Progress, StopRequest, progress_hooks
 
 
@@ -34,6 +35,23 @@ def test_the_heartbeat_is_written_at_most_once_a_second(tiny_config: RunConfig, 
     assert written == [1, 1, 1, 4, 4, 4, 7, 7, 7, 10]
     status = Run(tmp_path).status()
     assert (status["state"], status["steps"], status["tokens"], status["loss"]) == ("running", 24, 2560, 3.25)
+
+
+def test_the_heartbeat_goes_on_while_no_step_ends(tiny_config: RunConfig, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(hooks, "LONG_WORK_S", 0.01)
+    run = Run(tmp_path)
+    heartbeat = Heartbeat(run, tiny_config, 0)
+    with heartbeat.beating():
+        heartbeat.step(record(5))
+        first = run.status()["heartbeat"]
+        deadline = time.monotonic() + 10
+        while run.status()["heartbeat"] == first and time.monotonic() < deadline:
+            time.sleep(0.01)
+    last = run.status()
+    assert last["heartbeat"] > first and (last["state"], last["step"], last["loss"]) == ("running", 5, 3.25)
+    heartbeat.write("stopped")
+    time.sleep(0.05)
+    assert run.status()["state"] == "stopped", "nothing is written after the end"
 
 
 def test_without_a_terminal_a_plain_line_comes_each_ten_seconds(

@@ -12,9 +12,13 @@ import pytest
 
 from tinylab.config.io import override, run_from_dict, run_to_dict
 from tinylab.config.schema import RunConfig
+from tinylab.dist.context import Context
+from tinylab.errors import RunStopped
 from tinylab.runs.folder import Run
 from tinylab.runs.manifest import verify_folder
 from tinylab.runs.metrics import UNITS
+from tinylab.train import loop
+from tinylab.train.opening import open_run
 
 
 def copy_of(run: Run, folder: Path) -> Run:
@@ -103,6 +107,30 @@ def test_a_stop_file_stops_the_run_once(trainer: Any, tmp_path: Path):
     assert ended.code == 143 and "stop file" in ended.stderr
     assert not (run.path / "stop").exists()
     assert trainer.go(run.path).code == 0
+
+
+def test_a_stop_file_that_comes_while_the_run_opens_is_obeyed(trainer: Any, tmp_path: Path, monkeypatch: Any):
+    def opened_slowly(config: RunConfig, run: Run, context: Context) -> Path | None:
+        (run.path / "stop").touch()
+        return open_run(config, run, context)
+
+    monkeypatch.setenv("TINYLAB_HOME", str(trainer.home))
+    monkeypatch.setattr(loop, "open_run", opened_slowly)
+    with pytest.raises(RunStopped, match=r"after step 0 of 24 \(stop file\)"):
+        loop.train(trainer.config, Run(tmp_path / "run"), progress=False)
+
+
+def test_what_a_kill_left_torn_is_repaired_before_anything_is_written(trainer: Any, tmp_path: Path):
+    run = Run(tmp_path / "run")
+    assert trainer.go(run.path, failpoint="step.logged:3").code == -signal.SIGKILL
+    with open(run.journal_path, "a") as file:
+        file.write('{"event": "comm')
+    (run.path / ".status.json.123.tmp").touch()
+    (run.path / ".mine.tmp").touch()
+    ended = trainer.go(run.path, override(trainer.config, ["parallel.micro_batch=8"]))
+    assert ended.code == 0, ended.stderr
+    assert "changed" in [line["event"] for line in run.journal()]
+    assert [p.name for p in run.path.glob(".*")] == [".mine.tmp"], "what is not ours stays"
 
 
 def test_another_configuration_is_refused_with_its_keys(reference: Run, trainer: Any, tmp_path: Path):

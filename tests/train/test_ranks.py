@@ -36,7 +36,11 @@ def test_two_ranks_killed_and_started_again_end_bit_equal(
     config = override(trainer.config, [f"parallel.strategy={strategy}"])
     whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
     assert trainer.go(whole.path, config, ranks=2).code == 0
-    assert trainer.go(cut.path, config, ranks=2, failpoint="step.logged:14").code != 0
+    killed = trainer.go(cut.path, config, ranks=2, failpoint="step.logged:14")
+    assert killed.code != 0 and "Traceback" not in killed.stderr
+    assert "LaunchError: all 2 ranks must live to the end; rank 1 found another one gone or silent after step 14" in (
+        killed.stderr
+    )
     ended = trainer.go(cut.path, config, ranks=2)
     assert ended.code == 0, ended.stderr
     assert_nothing_lost(whole, cut)
@@ -60,6 +64,15 @@ def test_the_number_of_ranks_may_change_between_starts(strategy: str, trainer: A
 def test_a_batch_that_ranks_do_not_divide_is_refused(trainer: Any, tmp_path: Path):
     ended = trainer.go(tmp_path / "run", ranks=3)
     assert ended.code == 2 and "number of ranks (3) must divide the sequences of a step (8)" in ended.stderr
+
+
+def test_what_rank_0_refuses_is_no_defect_on_the_others(trainer: Any, reference: Run):
+    ended = trainer.go(reference.path, override(trainer.config, ["seed=12"]), ranks=2)
+    assert "ConfigError" in ended.stderr and "seed = 12 asked" in ended.stderr
+    assert "rank 1 found another one gone or silent before the first step" in ended.stderr
+    assert ended.code in (1, 2) and "Traceback" not in ended.stderr
+    finished = trainer.go(reference.path, ranks=2)
+    assert finished.code == 0 and finished.stderr.count("is finished") == 1
 
 
 def test_a_signal_to_every_rank_commits_once(trainer: Any, tmp_path: Path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -104,9 +104,26 @@ def open_context(parallel: Parallel) -> Iterator[Context]:
             "Start all ranks with torchrun"
         ) from error
     try:
-        yield context
+        with other_ranks_alive(context):
+            yield context
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def other_ranks_alive(context: Context, step: Callable[[], int] | None = None) -> Iterator[None]:
+    """A LaunchError with rank and step in place of what torch raises when another rank ended or fell silent."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors and tells its own only by the source file in their text.
+        if context.world == 1 or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        where = "before the first step" if step is None else f"after step {step()}"
+        raise LaunchError(
+            f"all {context.world} ranks must live to the end; rank {context.rank} found another one gone or silent "
+            f"{where}. That rank's own message says why; then repeat the same command to go on. Found: {error}"
+        ) from error
 
 
 def _integer(name: str, default: int) -> int:

@@ -3,7 +3,7 @@
 | hook | does |
 |---|---|
 | StopRequest | notes SIGTERM, SIGINT, SIGUSR1 and the file RUN/stop; the loop asks between steps |
-| Heartbeat | replaces `status.json`, at most once a second |
+| Heartbeat | replaces `status.json`, at most once a second, at least every 20 s |
 | Progress | one line on standard error: loss, tokens/s, time left |
 """
 
@@ -14,15 +14,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tinylab.config.schema import RunConfig
-from tinylab.errors import RunStopped
+from tinylab.errors import CheckpointError, RunStopped
 from tinylab.runs.folder import Run
 
 HEARTBEAT_S = 1.0
+LONG_WORK_S = 20.0
+"""Between heartbeats while no step ends: data are prepared, or a step or a checkpoint takes long."""
 PLAIN_LINE_S = 10.0
 """Between progress lines where standard error is no terminal."""
 STOP_FILE = "stop"
@@ -102,6 +106,8 @@ class Heartbeat(Hook):
     def __init__(self, run: Run, config: RunConfig, step: int) -> None:
         self._run, self._config = run, config
         self._written = 0.0
+        self._last: dict[str, Any] = {}
+        self._writing = threading.Lock()
         self.at = step
 
     @property
@@ -114,11 +120,31 @@ class Heartbeat(Hook):
         now = time.monotonic()
         if now - self._written >= HEARTBEAT_S:
             self._written = now
-            self.write("running", **{k: record[k] for k in ("loss", "stage", "tokens_per_s")})
+            self._last = {k: record[k] for k in ("loss", "stage", "tokens_per_s")}
+            self.write("running", **self._last)
 
     def write(self, state: str, **more: Any) -> None:
         """Replace the status now."""
-        self._run.write_status(state, self.at, steps=self._config.steps, tokens=self.tokens, **more)
+        with self._writing:
+            self._run.write_status(state, self.at, steps=self._config.steps, tokens=self.tokens, **more)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Keep the status fresh from a thread: a run that is silent for two minutes counts as lost."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(LONG_WORK_S):
+                with suppress(CheckpointError):  # the loop's own write will tell
+                    self.write("running", **self._last)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 class Progress(Hook):

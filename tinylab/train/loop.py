@@ -16,7 +16,7 @@ from tinylab.config.schema import RunConfig
 from tinylab.data.loader import Loader, StepBatch
 from tinylab.data.prepare import prepare
 from tinylab.data.shards import ShardSet
-from tinylab.dist.context import Context, open_context
+from tinylab.dist.context import Context, open_context, other_ranks_alive
 from tinylab.errors import RunStopped, TinylabError
 from tinylab.model.precision import resolve_precision
 from tinylab.optim.schedule import check_schedule, lr_at
@@ -47,13 +47,14 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
     """
     check_schedule(config)
     with StopRequest(run) as stop, open_context(config.parallel) as context, one_trainer(run, context):
-        checkpoint = open_run(config, run, context)
         if context.is_main:
             stop.forget_file()
+        checkpoint = open_run(config, run, context)
         heartbeat = Heartbeat(run, config, (checkpoint and step_of(checkpoint.name)) or 0)
         with _reported(run, context, heartbeat):
             if heartbeat.at == config.steps:
-                print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)
+                if context.is_main:
+                    print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)
                 return run
             shards = prepare(config.data)
             require_fitting_data(config, shards, checkpoint)
@@ -61,7 +62,7 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
             begin_lineage(run, config, shards, context, record)
             called = [heartbeat, *progress_hooks(progress), *hooks] if context.is_main else []
             loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
-            with loader, _following(called, config, state.step):
+            with other_ranks_alive(context, lambda: state.step), loader, _following(called, config, state.step):
                 stop.defer()
                 _steps(config, run, context, shards, state, loader, stop, called)
     return run
@@ -169,7 +170,8 @@ def _reported(run: Run, context: Context, heartbeat: Heartbeat) -> Iterator[None
         return
     heartbeat.write("running")
     try:
-        yield
+        with heartbeat.beating():
+            yield
         event, error = "done", None
     except RunStopped as stopped:
         event, error = "stopped", stopped
