@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from tinylab.errors import EvaluationError, NothingFoundError
+from tinylab.errors import ConfigError, EvaluationError, NothingFoundError
 from tinylab.evaluate.compare import compare, compare_records
 from tinylab.evaluate.harness import evaluate
 from tinylab.evaluate.statistics import mcnemar
-from tinylab.evaluate.store import Key, ResultStore, items_hash, margin, predictions
+from tinylab.evaluate.store import Key, ResultStore, Scores, items_hash, margin, predictions
 
 PROFILE = {"name": "p", "add_bos": False, "dtype": "fp32"}
 
@@ -99,6 +99,19 @@ def test_a_damaged_record_is_named_with_its_line(store):
     record.path.write_text(record.path.read_text() + '{"torn": ')
     with pytest.raises(EvaluationError, match=r"x-v1-.*jsonl, line 4 is not a line of a result store"):
         record.items()
+    for text, place in ((b"\xff\xfe\x00", "line 1 is not"), (b'{"key": {"task": "x"}}\n', "line 1 is not")):
+        record.path.write_bytes(text)
+        with pytest.raises(EvaluationError, match=place):
+            Scores(store).rows()
+    record.path.write_text(json.dumps(record.header) + "\n")
+    with pytest.raises(EvaluationError, match="must hold a record and its items"):
+        Scores(store).rows()
+
+
+def test_a_metric_that_no_task_has_is_refused_with_those_that_are_there(store):
+    _record(store, "a", "x", [1, 0])
+    with pytest.raises(ConfigError, match="metric must be one of acc; found 'f1'"):
+        Scores(store).rows("f1")
 
 
 def test_the_same_weights_are_recognised_under_two_names(lab, tmp_path):

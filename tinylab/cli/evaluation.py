@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from tinylab.cli.output import Answer, table
-from tinylab.errors import ConfigError, NothingFoundError
+from tinylab.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinylab.evaluate.store import Record
@@ -81,8 +81,6 @@ def scores_verb(store: Annotated[str, arg(metavar="STORE")], /, metric: str | No
     from tinylab.evaluate.store import Scores
 
     rows = Scores(store).rows(metric)
-    if not rows:
-        raise NothingFoundError(f"{store} must hold results; found none. Fill it: tinylab evaluate REF")
     return Answer(rows, _table(rows))
 
 
@@ -94,6 +92,7 @@ def compare_verb(
     store: str | None = None,
     data: str | None = None,
     data_dir: str | None = None,
+    profile: str | None = None,
     limit: int | None = None,
     device: str = "cpu",
 ) -> Answer:
@@ -106,10 +105,11 @@ def compare_verb(
         store: folder of results that holds both; default: as in evaluate.
         data: data folder that the probes are made from; default: that of the run.
         data_dir: folder of <task>.jsonl files for the benchmarks.
+        profile: default: the one of the results that are there; tinyllama-2023 for what is scored now.
         limit: at most this many items of each task.
         device: cpu or cuda.
     """
     from tinylab.evaluate.compare import compare
 
-    found = compare(a, b, store, tasks, data=data, data_dir=data_dir, limit=limit, device=device)
+    found = compare(a, b, store, tasks, data=data, data_dir=data_dir, profile=profile, limit=limit, device=device)
     return Answer(found.document(), found.text())

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
-from tinylab.errors import EvaluationError
+from tinylab.errors import ConfigError, EvaluationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def profile(name: str | Profile) -> Profile:
 
     `tinyllama-2023`: zero-shot, no BOS, fp32: how EVAL.md was made (`main.py --model hf-causal` of v0.3.0).
     `current`: lm-eval's defaults of today, where a Llama tokenizer prepends BOS by itself.
-    Raises EvaluationError for another name, or when lm-eval is not installed.
+    Raises ConfigError for another name, EvaluationError when lm-eval is not installed.
     """
     if isinstance(name, Profile):
         return name
@@ -63,7 +63,7 @@ def profile(name: str | Profile) -> Profile:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise EvaluationError(f"profile must be one of {', '.join(known)}; found {name!r}{hint}")
+        raise ConfigError(f"profile must be one of {', '.join(known)}; found {name!r}{hint}")
     return known[name]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylab.errors import EvaluationError, NothingFoundError
+from tinylab.errors import ConfigError, EvaluationError, NothingFoundError
 from tinylab.evaluate.statistics import standard_error, wilson_interval
 from tinylab.runs.durable import disk_error, read_lines, write_atomic
 from tinylab.runs.folder import Run, home, resolve_run
@@ -122,15 +122,18 @@ class ResultStore:
         return sorted(found, key=lambda r: (r.header.get("tokens") or 0, r.header["label"], r.header["key"]["task"]))
 
 
+_HEADER = {"key", "label", "metric", "metrics", "profile"}
+
+
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a record. Raises EvaluationError naming file and line when one is not what this module writes."""
     number = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                valid = isinstance(row, dict) and (number > 1 or {"key", "label", "metric", "metrics"} <= set(row))
-            except ValueError:
+                valid = isinstance(row, dict) and (number > 1 or (set(row) >= _HEADER and bool(Key(**row["key"]))))
+            except (ValueError, TypeError):  # no JSON, no text; a key of other fields
                 valid, row = False, {}
             if not valid:
                 raise EvaluationError(
@@ -138,8 +141,8 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
                     "Remove the file and evaluate again"
                 )
             yield row
-    if number == 0:
-        raise EvaluationError(f"{path} is empty; remove the file and evaluate again")
+    if number < 2:
+        raise EvaluationError(f"{path} must hold a record and its items; it holds none. Remove it and evaluate again")
 
 
 def default_store(run: Path | None) -> Path:
@@ -234,8 +237,11 @@ class Scores:
         """One dictionary per measurement: `label, step, tokens, stage, task, metric, value, low, high, n, k, stderr,
         chance, yes_share, ties, truncated, weights, profile`. Shares are fractions, intervals Wilson at 95%.
 
-        `metric` None: each task's headline metric.
+        `metric` None: each task's headline metric. Raises ConfigError for a metric that no task of the store has.
         """
+        known = dict.fromkeys(m for r in self.records() for m in r.header["metrics"])
+        if metric not in (None, *known):
+            raise ConfigError(f"metric must be one of {', '.join(known)}; found {metric!r}")
         return [row_of(r, metric) for r in self.records() if metric is None or metric in r.header["metrics"]]
 
     def table(self, metric: str | None = None) -> pandas.DataFrame:

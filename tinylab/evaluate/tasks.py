@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylab.errors import EvaluationError
+from tinylab.errors import ConfigError, EvaluationError
 from tinylab.evaluate.published import BENCHMARKS
 
 BENCHMARK_FILES = {
@@ -50,7 +50,7 @@ class EvaluationTask:
 def expand(names: str | Sequence[str]) -> list[str]:
     """Task names with the groups `probes` and `benchmarks` written out, each once.
 
-    Raises EvaluationError for an unknown name, with the nearest.
+    Raises ConfigError for an unknown name, with the nearest.
     """
     known = [*GROUPS, *PROBES, *BENCHMARK_FILES]
     result: list[str] = []
@@ -58,10 +58,10 @@ def expand(names: str | Sequence[str]) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise EvaluationError(f"tasks must be among {', '.join(known)}; found {name!r}{hint}")
+            raise ConfigError(f"tasks must be among {', '.join(known)}; found {name!r}{hint}")
         result += [n for n in GROUPS.get(name, (name,)) if n not in result]
     if not result:
-        raise EvaluationError(f"tasks must name at least one of {', '.join(known)}; found none")
+        raise ConfigError(f"tasks must name at least one of {', '.join(known)}; found none")
     return result
 
 
