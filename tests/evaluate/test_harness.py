@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tinylab.checkpoint.reference import load_model, load_tokenizer
-from tinylab.errors import EvaluationError, NothingFoundError
+from tinylab.errors import ConfigError, EvaluationError, NothingFoundError
+from tinylab.evaluate import harness
 from tinylab.evaluate.harness import evaluate
 from tinylab.evaluate.lm import TinylabLM
 from tinylab.evaluate.probes import build_probe
@@ -53,7 +54,6 @@ def _assert_same_answers(ours: list[dict], theirs: list[dict]) -> None:
             np.testing.assert_allclose(mine["unconditional"], other["unconditional"], atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["continuation", "code"])
 def test_likelihoods_and_choices_equal_lm_evals_own_backend_on_probes(lab, name):
     folder = lab.checkpoints[0]
@@ -65,7 +65,6 @@ def test_likelihoods_and_choices_equal_lm_evals_own_backend_on_probes(lab, name)
     _assert_same_answers(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BENCHMARK_FILES)
 def test_likelihoods_and_choices_equal_lm_evals_own_backend_on_benchmarks(lab, shared, name):
     """BoolQ's passages exceed 256 tokens: both cut them on the left, and ours counts it."""
@@ -191,6 +190,20 @@ def test_a_killed_evaluation_keeps_its_finished_tasks(lab, tmp_path, monkeypatch
     assert [r.key.task for r in Scores(tmp_path).records()] == ["continuation"]
 
 
+def test_a_checkpoint_that_retention_removes_meanwhile_is_left_out(lab, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(lab.run.path, tmp_path / "runs" / "small")
+    references = harness._references
+
+    def removing(ref, all_checkpoints):
+        found = references(ref, all_checkpoints)
+        shutil.rmtree(found[0].path)
+        return found
+
+    monkeypatch.setattr(harness, "_references", removing)
+    (record,) = evaluate(run, tasks="code", limit=2, all_checkpoints=True)
+    assert record.header["label"] == "small@9" and "left out: small@4 was removed" in capsys.readouterr().err
+
+
 def test_evaluation_leaves_every_random_state_alone(lab, tmp_path):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     evaluate(lab.checkpoints[0], tasks="docstring", store=tmp_path, progress=False)
@@ -209,9 +222,11 @@ def test_another_tokenizer_than_that_of_training_is_refused(lab, tmp_path):
 
 
 def test_what_is_missing_is_named(lab, tmp_path, shared):
-    with pytest.raises(EvaluationError, match="found 'continuatoin'; did you mean continuation"):
+    with pytest.raises(ConfigError, match="found 'continuatoin'; did you mean continuation"):
         evaluate(lab.checkpoints[0], tasks="continuatoin")
-    with pytest.raises(EvaluationError, match="profile must be one of tinyllama-2023, current; found 'tinyllama'"):
+    with pytest.raises(ConfigError, match="limit must be at least 1 item; found 0"):
+        evaluate(lab.checkpoints[0], limit=0)
+    with pytest.raises(ConfigError, match="profile must be one of tinyllama-2023, current; found 'tinyllama'"):
         evaluate(lab.checkpoints[0], profile="tinyllama")
     folder = tmp_path / "copy"
     shutil.copytree(lab.checkpoints[0], folder)

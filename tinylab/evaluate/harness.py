@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tinylab.checkpoint.reference import Reference, resolve_reference, run_references
-from tinylab.errors import DataError, EvaluationError
+from tinylab.errors import ConfigError, DataError, EvaluationError
 from tinylab.evaluate.profile import Profile
 from tinylab.evaluate.profile import profile as find_profile
 from tinylab.evaluate.scoring import Scoring, say
@@ -41,14 +41,18 @@ def evaluate(
     store: default RUN/evaluations, else TINYLAB_HOME/evaluations.
     data: prepared data that the probes come from; default: that of the run. data_dir: `<task>.jsonl` files of the
     benchmarks; absent: the Hub. limit: the first so many items of each task. max_tokens: padded tokens of a batch.
-    Raises EvaluationError, DataError, CheckpointError or NothingFoundError with what is missing.
+    Raises ConfigError for a task, profile or limit that cannot be; EvaluationError, DataError, CheckpointError or
+    NothingFoundError with what is missing.
     """
     names, settings = expand(tasks), find_profile(profile)
     if limit is not None and limit < 1:
-        raise EvaluationError(f"limit must be at least 1 item; found {limit}")
+        raise ConfigError(f"limit must be at least 1 item; found {limit}")
     records: list[Record] = []
     known: dict[tuple[str, Path | None], list[EvaluationTask]] = {}
     for reference in _references(ref, all_checkpoints):
+        if all_checkpoints and not reference.path.exists():
+            say(progress, f"note: left out: {reference.label} was removed meanwhile, by its run's retention")
+            continue
         for note in reference.notes:
             say(progress, f"note: {note}")
         source = _data_of(reference, data) if set(names) & set(PROBES) else None
