@@ -76,6 +76,12 @@ def test_the_view_holds_the_numbers_of_the_functions_beneath(lab: Path):
     assert view.html.count("data:image/png;base64,") == 4 and "<b>containing" not in view.html
 
 
+def test_an_empty_prompt_stays_empty_and_only_an_empty_answer_is_named(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tinylab.model.generate.generate", lambda *_, **__: "")
+    (row,) = compare_view("tiny", "tiny", text=TEXT, prompts=[""]).generations.to_numpy().tolist()
+    assert row == ["", *["(nothing: the document ends here)"] * 2]
+
+
 def test_the_same_weights_are_called_the_same(lab: Path):
     last = str(Run("tiny").checkpoints()[-1])
     view = compare_view(last, "tiny", text=TEXT)

@@ -190,7 +190,7 @@ def _generations(
     for prompt in prompts:
         row = {"prompt": prompt}
         for name, loaded in (("A", first), ("B", second)):
-            row[f"{name}: {loaded.reference.label}"] = generate(
+            text = generate(
                 loaded.model,
                 loaded.tokenizer,
                 prompt,
@@ -198,9 +198,9 @@ def _generations(
                 temperature=temperature,
                 seed=seed,
             )
+            row[f"{name}: {loaded.reference.label}"] = text or "(nothing: the document ends here)"
         rows.append(row)
-    frame = pandas.DataFrame(rows, columns=list(rows[0]) if rows else ["prompt", "A", "B"])
-    return frame.replace("", "(nothing: the document ends here)")
+    return pandas.DataFrame(rows, columns=list(rows[0]) if rows else ["prompt", "A", "B"])
 
 
 def _scores(a: Reference, b: Reference, store: str | None, notes: list[str]) -> Comparison | None:
