@@ -10,8 +10,9 @@ import torch
 
 from tinylab.config.schema import Data, Model, RunConfig, Schedule, Source, Stage
 from tinylab.data.loader import Loader
-from tinylab.data.trace import trace_batch
-from tinylab.errors import ConfigError
+from tinylab.data.trace import run_shards, trace_batch
+from tinylab.errors import ConfigError, DataError
+from tinylab.runs.folder import Run
 
 SEQ = 4
 DOCUMENTS = {
@@ -70,3 +71,15 @@ def test_text_is_decoded_on_request(shards, monkeypatch):
 def test_a_step_outside_the_run_is_refused(shards):
     with pytest.raises(ConfigError, match="step must lie between 1 and 3, the length of the run; found 4"):
         trace_batch(CONFIG, shards, 4)
+
+
+def test_a_run_trained_on_other_data_than_are_there_now_is_not_explained_by_them(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinylab.data.trace.prepare", lambda data: shards)
+    run = Run(tmp_path / "run")
+    run.create(CONFIG, {})
+    assert run_shards(run) is shards  # before the run has begun
+    run.write_journal("started", data_fingerprint=shards.fingerprint)
+    assert run_shards(run) is shards
+    run.write_journal("resumed", data_fingerprint="0" * 64)
+    with pytest.raises(DataError, match=rf"trained on, fingerprint 0000.*; found {shards.fingerprint}: .*Restore"):
+        run_shards(run)

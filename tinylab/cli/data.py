@@ -30,7 +30,7 @@ def prepare_verb(
     """Corpora to tokenizer and token shards; a repeat finds them done.
 
     Args:
-        path: folder of the shards; default: one below data/ in TINYLAB_HOME, named by what is in it.
+        path: folder of the shards; default: one below data/ in TINYLAB_HOME, named by a digest of the configuration.
         preset: configuration whose data section is taken.
         config: TOML file to take it from, instead of a preset.
         source: NAME=CORPUS instead of the preset's sources (once per source); CORPUS is local:prose, local:code,
@@ -106,10 +106,9 @@ def batch_verb(
         raise ConfigError(f"--limit must be at least 1; found {limit}")
     config = Run(run).config
     stage = config.stages[config.stage_index(step)]
-    from tinylab.data.prepare import prepare
-    from tinylab.data.trace import trace_batch
+    from tinylab.data.trace import run_shards, trace_batch
 
-    samples = trace_batch(config, prepare(config.data), step, text=text)
+    samples = trace_batch(config, run_shards(Run(run)), step, text=text)
     count, samples = len(samples), samples[:limit]
     document = {"run": str(Run(run).path), "step": step, "stage": stage.name, "samples": samples}
     lines = [f"step {step}, stage {stage.name}: {count} samples of {config.model.seq_len} tokens"]

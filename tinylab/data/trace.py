@@ -6,7 +6,25 @@ from typing import Any
 
 from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder
+from tinylab.data.prepare import prepare
 from tinylab.data.shards import ShardSet
+from tinylab.errors import DataError
+from tinylab.runs.folder import Run
+
+
+def run_shards(run: Run) -> ShardSet:
+    """The data of a run, prepared now if they are not there yet.
+
+    Raises DataError when the run has trained on others: their documents would be named for its samples.
+    """
+    shards = prepare(run.config.data)
+    trained_on = [line["data_fingerprint"] for line in run.journal() if line["event"] in ("started", "resumed")]
+    if trained_on and trained_on[-1] != shards.fingerprint:
+        raise DataError(
+            f"{shards.path} must hold the data that {run.path} was trained on, fingerprint {trained_on[-1]}; found "
+            f"{shards.fingerprint}: its corpus or the tools have changed. Restore those data from a copy"
+        )
+    return shards
 
 
 def trace_batch(config: RunConfig, shards: ShardSet, step: int, text: bool = False) -> list[dict[str, Any]]:
