@@ -99,7 +99,11 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
             target = target.setdefault(name, {})
         if not isinstance(target, dict | list):
             raise ConfigError(f"unknown key {key}: {name} holds a value, not a section")
-    target[_list_index(target, last, key) if isinstance(target, list) else last] = _parse_value(text, key)
+    value = _parse_value(text, key)
+    if isinstance(target, list):
+        target[_list_index(target, last, key)] = value
+    else:
+        target[last] = value
 
 
 def _list_index(items: list[Any], name: str, key: str) -> int:
