@@ -225,6 +225,15 @@ def test_the_newest_checkpoint_is_replaced_by_the_newest_good_one(
     assert [r["loss"] for r in run.metric_records()] == [r["loss"] for r in reference.metric_records()]
 
 
+def test_a_finished_run_whose_end_was_damaged_ends_once_more(trainer: Any, reference: Run, tmp_path: Path):
+    run = copy_of(reference, tmp_path / "run")
+    (run.checkpoints_path / "step-00000024" / "config.json").unlink()
+    ended = trainer.go(run.path)
+    assert ended.code == 0 and "step-00000024 is damaged" in ended.stderr
+    assert run.status()["state"] == "done" and run.journal()[-1]["event"] == "done"
+    assert [r["loss"] for r in run.metric_records()] == [r["loss"] for r in reference.metric_records()]
+
+
 def test_a_run_without_any_good_checkpoint_is_explained(trainer: Any, tmp_path: Path):
     run = Run(tmp_path / "run")
     assert trainer.go(run.path, failpoint="step.logged:3").code == -signal.SIGKILL

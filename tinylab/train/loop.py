@@ -178,7 +178,7 @@ def _reported(run: Run, context: Context, heartbeat: Heartbeat) -> Iterator[None
     except BaseException as failure:
         event, error = "failed", failure
     more: dict[str, Any] = {"reason": str(error) or type(error).__name__} if error else {}
-    journaled = event == "done" and any(line["event"] == "done" for line in run.journal())
+    journaled = event == "done" and any(line["event"] == "done" for line in run.journal()[-1:])
     # What ended the run is the news: a disk too full to write it down must not hide it.
     with suppress(TinylabError) if error else nullcontext():
         heartbeat.write(event, **more)
