@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tinylab.config.presets import tiny
-from tinylab.errors import CheckpointError, NothingFoundError
+from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
 from tinylab.runs.folder import STALE_HEARTBEAT_S, Run, home, list_runs, resolve_run, step_name, step_of
 
 HOLD = """
@@ -66,6 +66,12 @@ def test_names_lie_below_runs_and_paths_stay_as_they_are(private_home: Path, tmp
     monkeypatch.chdir(tmp_path)
     Run(tmp_path / "demo").create(tiny(), {})
     assert resolve_run("demo") == tmp_path / "demo"
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_no_run(private_home: Path, name):
+    with pytest.raises(ConfigError, match="a run must have a name or a path; found "):
+        Run(name)
 
 
 def test_runs_are_listed_by_name(private_home: Path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinylab.config.io import load_run, run_to_toml
 from tinylab.config.schema import RunConfig
-from tinylab.errors import CheckpointError, NothingFoundError
+from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
 from tinylab.runs.durable import append_line, disk_error, failpoint, read_lines, repair_tail, write_atomic
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ def home() -> Path:
 
 
 def resolve_run(name: str | Path) -> Path:
-    """The folder of a run given as a path, or as a name below `runs/`."""
+    """The folder of a run given as a path, or as a name below `runs/`. Raises ConfigError for an empty name."""
     text = str(name)
+    if not text.strip():
+        raise ConfigError(f"a run must have a name or a path; found {text!r}. Give one, such as mine")
     is_path = os.sep in text or text.startswith(("~", ".")) or (Path(text) / "config.toml").exists()
     return Path(text).expanduser().absolute() if is_path else home() / "runs" / text
 
