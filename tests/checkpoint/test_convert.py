@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tinylab.checkpoint import convert as convert_module
 from tinylab.checkpoint import litgpt
 from tinylab.checkpoint.convert import Format, convert
 from tinylab.checkpoint.formats import load_folder, open_weights
 from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.checkpoint.lazy import load_weights
+from tinylab.checkpoint.reference import resolve_reference
 from tinylab.config.schema import Model
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.model.transformer import Llama
@@ -135,6 +139,36 @@ def test_an_existing_target_and_a_wrong_format_are_refused(source: Path, tmp_pat
         convert(source, tmp_path / "folder", "tinyllama")
     with pytest.raises(ConfigError, match="format must be one of huggingface, litgpt, tinyllama; found 'gguf'"):
         convert(source, tmp_path / "folder", "gguf")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["m.pth", "copy"])
+def test_two_conversions_to_one_target_leave_one_whole(source: Path, tmp_path: Path, name: str, monkeypatch):
+    """Another process begins and ends the same conversion when this one has written and not yet compared."""
+    write = convert_module._write
+
+    def write_and_wait(*arguments: Any) -> Path:
+        written = write(*arguments)
+        monkeypatch.setattr(convert_module, "_write", write)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            convert(source, tmp_path / name)
+        return written
+
+    monkeypatch.setattr(convert_module, "_write", write_and_wait)
+    with pytest.raises(CheckpointError, match="must not exist"):
+        convert(source, tmp_path / name)
+    assert states_equal(load_weights(open_weights(tmp_path / name)), load_folder(source))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_nearest_match_is_said_with_the_result(source: Path, tmp_path: Path):
+    near = replace(resolve_reference(source), notes=("the nearest checkpoint is step 2",))
+    assert str(convert(near, tmp_path / "copy")).endswith("\nnote: the nearest checkpoint is step 2")
+
+
+def test_files_are_as_open_to_others_as_the_umask_says(source: Path, tmp_path: Path):
+    convert(source, tmp_path / "copy")
+    assert len({p.stat().st_mode for p in (tmp_path / "copy").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("name", ["m.pth", "lit", "copy"])

@@ -48,12 +48,14 @@ class Conversion:
     largest_logit: float
     """Largest absolute logit of the source on that batch: the scale of `max_difference`."""
     seconds: float
+    notes: tuple[str, ...] = ()
+    """What the source's REF has to say, such as a nearest match."""
 
     def __str__(self) -> str:
         return (
             f"{self.source} → {self.target} ({self.format}, {self.parameters:,} parameters, {self.dtype}) in "
             f"{self.seconds:.1f} s; largest difference of logits {self.max_difference:g} (largest logit "
-            f"{self.largest_logit:.3g})"
+            f"{self.largest_logit:.3g})" + "".join(f"\nnote: {note}" for note in self.notes)
         )
 
 
@@ -80,7 +82,8 @@ def convert(
     model = load_weights(open_weights(reference.path), dtype=dtype, copy=True)
     expected = sample_logits(model)
     parameters, stored = sum(p.numel() for p in model.parameters()), model.head.weight.dtype
-    temporary = temporary_folder(target)
+    # Of this process alone: another one that writes the same target must not find its files.
+    temporary = temporary_folder(target.with_name(f"{target.name}.{os.getpid()}"))
     try:
         written = _write(model, reference.path, temporary, target, kind)
         del model
@@ -98,7 +101,8 @@ def convert(
         raise
     seconds = time.perf_counter() - start
     name = str(stored).removeprefix("torch.")
-    return Conversion(str(reference.label), target, kind, parameters, name, difference, scale, seconds)
+    label, notes = str(reference.label), reference.notes
+    return Conversion(label, target, kind, parameters, name, difference, scale, seconds, notes)
 
 
 def _format(target: Path, format: Format | None) -> Format:
@@ -152,6 +156,8 @@ def _publish(written: Path, temporary: Path, target: Path) -> None:
         return
     try:
         fsync_path(written)
+        if target.exists():
+            raise CheckpointError(f"{target} must not exist; another process made it meanwhile. Nothing was kept")
         os.rename(written, target)
         fsync_path(target.parent)
     except OSError as error:

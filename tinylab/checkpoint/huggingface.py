@@ -180,6 +180,8 @@ def save_weights(
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file in set(weight_map.values()):  # safetensors keeps its files from everybody else; the umask decides
+            (folder / file).chmod((folder / INDEX).stat().st_mode)
     except OSError as error:
         raise disk_error(folder, error, total) from error
     except SafetensorError as error:  # carries the message of a full disk, but no errno
