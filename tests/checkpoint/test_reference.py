@@ -70,8 +70,27 @@ def test_a_plain_integer_is_a_step_and_a_suffix_means_tokens(run):
     assert not resolve_reference("small@0.32K").notes
     with pytest.raises(NothingFoundError, match="small has no checkpoint at step 11; it has steps 2, 10, 12"):
         resolve_reference("small@11")
-    with pytest.raises(ConfigError, match="the step or tokens in small@lots must be a whole number"):
+    with pytest.raises(
+        ConfigError, match=r"small@lots names no stage \(basic, cooldown\); else it must be"
+    ):
         resolve_reference("small@lots")
+
+
+def test_a_stage_is_its_last_checkpoint(run):
+    assert [resolve_reference(f"small@{stage}").step for stage in ("basic", "cooldown")] == [2, 12]
+
+
+def test_a_nearest_match_is_said_when_the_model_is_opened(run, caplog):
+    load_model("small@0.32K")
+    assert not caplog.messages
+    load_model("small@0.3K")
+    assert caplog.messages == ["small@0.3K: the nearest checkpoint is step 2, after 320 tokens"]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_wrong_usage(run, device):
+    with pytest.raises(ConfigError, match=f"device must be one that torch can use here; found '{device}': "):
+        load_model("small", device=device)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_note_and_refused_by_name(run):

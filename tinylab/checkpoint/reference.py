@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tinylab.config.io import parse_count
-from tinylab.errors import CheckpointError, NothingFoundError
+from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
 from tinylab.runs.folder import Run, step_of
 from tinylab.runs.manifest import verify_folder
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from tinylab.model.transformer import Llama
 
 FORMS = (
-    "a model folder (config.json and *.safetensors), RUN, RUN@STEP, RUN@1.5B (tokens), a registry name such as "
-    "tinyllama-1.1b@1T, a Hub id with optional @revision, a lit-gpt .pth or a llama2.c .bin"
+    "a model folder (config.json and *.safetensors), RUN, RUN@STEP, RUN@1.5B (tokens), RUN@STAGE, a registry name such "
+    "as tinyllama-1.1b@1T, a Hub id with optional @revision, a lit-gpt .pth or a llama2.c .bin"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -117,9 +118,12 @@ def _newest(run: Run) -> Reference:
 
 
 def _of_run(run: Run, place: str) -> Reference:
-    """A plain integer is a step and must exist; a count with a suffix is tokens, and the nearest checkpoint serves."""
+    """A stage is its last checkpoint, a plain integer a step that must exist, a count with a suffix the nearest one."""
     known = run_references(run)
-    wanted = parse_count(place, f"the step or tokens in {run.name}@{place}")
+    stages = {r.stage: r for r in known}
+    if place in stages and not place.isdecimal():
+        return _verified(stages[place])
+    wanted = parse_count(place, f"{run.name}@{place} names no stage ({', '.join(map(str, stages))}); else it")
     if place.strip()[-1:].isdigit():
         for reference in known:
             if reference.step == wanted:
@@ -177,11 +181,25 @@ def _elsewhere(text: str) -> Reference:
 def load_model(
     ref: str | Path | Reference, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Llama:
-    """The model that REF names, in eval mode: a call on ids (B, T) gives logits (B, T, V). dtype absent: as stored."""
+    """The model that REF names, in eval mode: a call on ids (B, T) gives logits (B, T, V). dtype absent: as stored.
+
+    Notes of the reference, such as a nearest match, are logged as warnings. Raises ConfigError for a device that torch
+    cannot use here; else as `resolve_reference` and `open_weights`.
+    """
+    import torch
+
     from tinylab.checkpoint.formats import open_weights
     from tinylab.checkpoint.lazy import load_weights
 
-    return load_weights(open_weights(resolve_reference(ref).path), device, dtype)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device must be one that torch can use here; found {str(device)!r}: {reason}") from error
+    reference = resolve_reference(ref)
+    for note in reference.notes:
+        logging.getLogger(__name__).warning(note)
+    return load_weights(open_weights(reference.path), device, dtype)
 
 
 def load_tokenizer(ref: str | Path | Reference) -> Tokenizer:

@@ -124,7 +124,7 @@ def generate_verb(
     """Text from a model.
 
     Args:
-        ref: model: a folder, RUN (its newest checkpoint), RUN@STEP, RUN@1.5M (tokens).
+        ref: model: a folder, RUN (its newest checkpoint), RUN@STEP, RUN@1.5M (tokens), RUN@STAGE, a registry name.
         prompt: text to continue.
         max_new_tokens: length of the continuation, in tokens.
         temperature: 0 takes the likeliest token; above, samples.
@@ -137,10 +137,9 @@ def generate_verb(
     from tinylab.checkpoint.reference import resolve_reference
 
     reference = resolve_reference(ref)
-    model = tinylab.load_model(ref, device=device)
     text = tinylab.generate(
-        model,
-        tinylab.load_tokenizer(ref),
+        tinylab.load_model(reference, device=device),
+        tinylab.load_tokenizer(reference),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
