@@ -85,6 +85,12 @@ def test_an_empty_cache_is_nothing_found(cache: Path, capsys: pytest.CaptureFixt
     assert "PY007/TinyLlama-1.1B-intermediate-step-480k-1T" in err
 
 
+def test_what_is_only_the_nearest_is_not_removed(cache: Path, capsys: pytest.CaptureFixture[str]):
+    code, _, err = answer(capsys, "tinyllama-1.1b@1.3T", "--remove")
+    assert code == 3
+    assert "the nearest checkpoint is tinyllama-1.1b@715000" in err and "name exactly what to remove" in err
+
+
 def test_a_cached_model_is_listed_and_removed(cache: Path, capsys: pytest.CaptureFixture[str]):
     commit = "a" * 40
     home = cache / "models--PY007--TinyLlama-1.1B-intermediate-step-480k-1T"

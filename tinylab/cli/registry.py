@@ -139,13 +139,15 @@ def _cached() -> Answer:
 def _remove(refs: tuple[str, ...]) -> Answer:
     """Delete REFs from the cache."""
     from tinylab.checkpoint.hub import remove
-    from tinylab.checkpoint.registry import find
+    from tinylab.checkpoint.registry import PUBLISHED, find
 
     rows = []
     for ref in refs:
         milestone = find(ref)
         repository, _, revision = ref.partition("@")
         if milestone is not None and milestone.repository is not None:
+            if milestone not in PUBLISHED:  # what was not named is not deleted
+                raise NothingFoundError(f"{milestone.note}; name exactly what to remove")
             repository, revision = milestone.repository, milestone.revision
         rows.append({"ref": ref, "bytes": remove(repository, revision or None)})
     shown = [{"ref": r["ref"], "freed": byte_count(r["bytes"])} for r in rows]
