@@ -130,4 +130,8 @@ def test_quantized_and_absurd_headers_are_refused(tmp_path: Path):
         with pytest.raises(CheckpointError, match=r"must begin with a llama2\.c header"):
             llama2c.load(path)
     path.write_bytes(b"")
-    assert not llama2c.is_llama2c(path)
+    with pytest.raises(CheckpointError, match="found 0 bytes"):
+        llama2c.load(path)
+    torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"found an archive of torch.*named by their folder"):
+        llama2c.load(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,15 +47,6 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     return load_weights(open_checkpoint(path), device, dtype)
 
 
-def is_llama2c(path: str | Path) -> bool:
-    """Whether a file is a llama2.c `.bin` by its magic number, or by its legacy header and exact size."""
-    try:
-        open_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
-
-
 def open_checkpoint(path: str | Path) -> Weights:
     """A llama2.c `.bin` under Hugging Face's names, opened but not read.
 
@@ -81,6 +71,11 @@ def open_checkpoint(path: str | Path) -> Weights:
 
 def _parse(path: Path, header: bytes, size: int) -> tuple[int, int, Model]:
     """Version, offset of the first weight, and configuration."""
+    if header[:4] == b"PK\x03\x04":
+        raise CheckpointError(
+            f"{path} must be a llama2.c file; found an archive of torch. Hugging Face's weights are named by their "
+            "folder, which holds config.json too; lit-gpt's end in .pth"
+        )
     if len(header) < _PARAMS.size:
         raise CheckpointError(f"{path} must begin with a llama2.c header; found {len(header)} bytes")
     version, start, at = 0, _PARAMS.size, 0
@@ -147,22 +142,14 @@ def _layout(
         for i in range(count):
             name = f"model.layers.{i}.{_KINDS[kind]}.weight" if kind in _KINDS else _TOP.get(kind)
             if name is not None:
-                read = _reader(path, start + i * step, shape, heads)
-                tensors[name] = LazyTensor(shape, torch.float32, read)
+                stored = LazyTensor.stored(path, start + i * step, shape, torch.float32)
+                tensors[name] = stored if heads is None else _with_halves(stored, heads)
         start += count * step
     return tensors, start
 
 
-def _reader(path: Path, offset: int, shape: tuple[int, ...], heads: int | None) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = torch.empty(shape, dtype=torch.float32)
-        with open(path, "rb") as file:
-            file.seek(offset)
-            if file.readinto(tensor.numpy().data.cast("B")) != 4 * tensor.numel():
-                raise CheckpointError(f"{path} must not shrink while it is read; found its end too early")
-        return tensor if heads is None else halves_from_pairs(tensor, heads)
-
-    return read
+def _with_halves(pairs: LazyTensor, heads: int) -> LazyTensor:
+    return LazyTensor(pairs.shape, pairs.dtype, lambda: halves_from_pairs(pairs.load(), heads))
 
 
 def halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
