@@ -108,6 +108,13 @@ def test_01_shows_the_data_of_a_run(lab: Path, tmp_path: Path):
     assert pictures(tmp_path / "out" / "01_data_and_tokens.ipynb") == 3
 
 
+def test_01_shows_any_folder_of_text(lab: Path, tmp_path: Path):
+    corpus = f"files:{Path(json.__file__).parent.parent}/[a-d]*.py"
+    result = execute("01_data_and_tokens", tmp_path / "out", run="tiny", corpus=corpus, limit_mb=0.5)
+    assert {row["source"] for row in result["table"]} == {"own"} and result["audit"]["problems"] == []
+    assert sum(row["bytes"] for row in result["table"]) == pytest.approx(5e5, rel=0.01)
+
+
 def test_02_starts_then_shows_finished_and_prepares_nothing_twice(lab: Path, tmp_path: Path):
     import shutil
 
