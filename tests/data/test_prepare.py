@@ -17,10 +17,12 @@ from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinylab.config.schema import Data, Source
 from tinylab.data import prepare as module
+from tinylab.data.audit import audit_shards
 from tinylab.data.prepare import data_path, prepare
 from tinylab.data.shards import ShardSet, open_shards
 from tinylab.data.tokenizer import load_tokenizer_file, train_tokenizer
@@ -103,6 +105,23 @@ def test_tokens_encoded_plus_boundaries_are_the_tokens_stored(data):
             "tokens_stored": files,
         }
         assert encoded + per_document * len(kept) == files
+
+
+@pytest.mark.parametrize("boundary", ["eos", "bos", "bos_eos"])
+def test_no_padding_is_stored_and_an_epoch_delivers_all_but_a_reported_rest(data, tokenizer_folder, boundary):
+    """TinyLlama filled chunks with BOS (#83), then dropped them (#85)."""
+    shards = prepare(replace(data, boundary=boundary, tokenizer=str(tokenizer_folder)), progress=quiet)
+    seq_len, window = 64, 32
+    report = audit_shards(shards, max_run=window, seq_len=seq_len)
+    assert report["problems"] == []
+    per_document = {"eos": [0, 1], "bos": [1, 0], "bos_eos": [1, 1]}[boundary]
+    for split, name in ((s, n) for s in ("train", "validation") for n in ("a", "b")):
+        stream, entry = shards.stream(split, name), report["splits"][split][name]
+        ids = stream.read(0, stream.n_tokens)
+        assert [int((ids == i).sum()) for i in (1, 2)] == [k * stream.n_documents for k in per_document]
+        windows = [stream.read(w * seq_len, seq_len + 1)[1:] for w in range(stream.n_windows(seq_len))]
+        targets = np.concatenate([ids[:1], *windows, ids[len(ids) - entry["rest_tokens"] :]])
+        assert entry["rest_tokens"] < seq_len and np.array_equal(targets, ids)
 
 
 @pytest.mark.parametrize(
