@@ -15,6 +15,7 @@ import pytest
 
 from tinylab import plots
 from tinylab.config.presets import demo
+from tinylab.errors import ConfigError
 from tinylab.evaluate.published import published
 from tinylab.plots.corpus import mixture_points
 from tinylab.plots.style import COLORS, format_count
@@ -150,6 +151,62 @@ def test_intervals_are_drawn_as_given():
     figure = plots.score_trajectories(scores())
     ends = figure.axes[0].collections[0].get_segments()
     assert [tuple(round(float(y), 6) for _, y in segment) for segment in ends] == [(11, 31), (30, 50), (50, 70)]
+
+
+def test_measurements_on_other_items_are_a_line_of_their_own():
+    few = scores().assign(n=10, value=0.9)
+    ax = plots.score_trajectories(pandas.concat([scores(), few])).axes[0]
+    drawn = {c.get_label(): np.round(c.lines[0].get_ydata(), 6).tolist() for c in ax.containers}
+    assert drawn == {"100 items": [21, 40, 60], "10 items": [90, 90, 90]} and ax.get_legend() is not None
+
+
+def test_checkpoints_at_powers_of_two_stand_apart_on_a_log_axis_that_says_so():
+    early = scores().assign(tokens=[1000, 30_000, 2_000_000])
+    wide, near = (plots.score_trajectories(table).axes[0] for table in (early, scores()))
+    assert (wide.get_xscale(), wide.get_xlabel()) == ("log", "training tokens (log scale)")
+    assert (near.get_xscale(), near.get_xlabel()) == ("linear", "training tokens")
+
+
+def test_the_majority_answer_of_boolq_is_drawn():
+    panels = {ax.get_title(loc="left"): ax for ax in plots.score_trajectories(None, published()).axes}
+    levels = {round(float(line.get_ydata()[0]), 2) for line in panels["BoolQ"].lines if line.get_linestyle() == "-."}
+    assert levels == {62.17}
+
+
+def test_overlaid_runs_differ_without_colour():
+    runs = [(f"r{i}", metrics(offset=i)) for i in range(5)]
+    for figure, bold in ((plots.loss_curves(runs), 2.0), (plots.gradient_norm(runs), 1.8)):
+        lines = [line for line in figure.axes[0].lines if line.get_linewidth() == bold]
+        looks = [(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines]
+        assert len(set(looks)) == 5 and len({dash for _, dash in looks[:4]}) == 4
+
+
+def test_dollars_in_names_are_no_formula():
+    """A name such as a$_$b is a broken formula to matplotlib."""
+    name = r"a$_$b \x$\frac"
+    for figure in (
+        plots.loss_curves([(name, metrics()), ("r", metrics())]),
+        plots.gradient_norm([(name, metrics())]),
+        plots.throughput([(name, metrics())]),
+        plots.score_differences(pairs(), name, name),
+        plots.flips(pairs(), name, name),
+        plots.position_loss(tokens(), name, name),
+        plots.token_delta(tokens(), name, name),
+    ):
+        assert figure.png(30).startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_refused_by_name():
+    with pytest.raises(ConfigError, match="x must be one of tokens, step, hours; found 'days'"):
+        plots.loss_curves([("r", metrics())], x="days")
+    with pytest.raises(ConfigError, match="reference must be one of tinyllama, pythia; found 'both'"):
+        plots.score_trajectories(None, published(), "both")
+
+
+def test_a_label_at_the_end_of_a_curve_says_when_it_is_a_mean():
+    table = tokens()
+    labels = [text.get_text() for text in plots.position_loss(table, "old", "new").axes[0].texts]
+    assert f"old, mean {table['loss_a'].mean():.2f}" in labels
 
 
 def test_flips_count_to_both_sides():

@@ -20,8 +20,8 @@ def score_differences(table: Table, a: str = "A", b: str = "B") -> LabFigure:
         f"Score of {b} minus score of {a}",
         width=7.6,
         height=1.5 + 0.42 * max(len(rows), 2),
-        caption=f"Same items for both. Bars: 95% interval of the paired difference. Filled: exact McNemar p < 0.05 "
-        f"after Holm over {len(rows)} tests.",
+        caption=f"Same items for both. Bars: 95% interval of the paired difference. p: exact McNemar, by Holm over "
+        f"{len(rows)} tests; filled: below 0.05.",
     )
     ax = axes[0, 0]
     if not len(rows):
@@ -43,7 +43,7 @@ def score_differences(table: Table, a: str = "A", b: str = "B") -> LabFigure:
     ax.set_xlim(-span * 1.08, span * 1.08)
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_yticks(range(len(rows)), [str(t).replace("_", " ") for t in rows["task"][::-1]])
-    ax.set_xlabel(f"difference (percentage points); right of 0: {b} is better")
+    ax.set_xlabel(f"difference (percentage points); right of 0: {b} is better", parse_math=False)
     ax.grid(axis="y", visible=False)
     return figure
 
@@ -147,7 +147,7 @@ def position_loss(table: Table, a: str = "A", b: str = "B") -> LabFigure:
         ax.plot(
             x, mean, color=color, marker=marker, markersize=4.5, linewidth=1.6, linestyle="-" if marker == "o" else "--"
         )
-        ends.append((x[-1], mean[-1], f"{name} {values.mean():.2f}", color))
+        ends.append((x[-1], mean[-1], f"{name}, mean {values.mean():.2f}", color))
     ax.set_ylim(bottom=0)
     ax.margins(x=0.02)
     ax.set_xlabel("position in the text (tokens)")

@@ -103,7 +103,8 @@ def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:
         middle = float(np.median(values))
         ax.axvline(middle, color=COLORS[i % 4], linewidth=1.2, linestyle=":")
         ax.text(0.99, 0.97 - 0.09 * i, f"{name}: {len(values):,} documents, median {middle:,.0f} tokens",
-                color=COLORS[i % 4], transform=ax.transAxes, ha="right", va="top", fontsize=9)  # fmt: skip
+                color=COLORS[i % 4], transform=ax.transAxes, ha="right", va="top", fontsize=9, parse_math=False,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
         top = max(top, float(shares.max()))
     ax.set_xscale("log")
     ax.set_ylim(0, top * (1.15 + 0.12 * len(known)))

@@ -75,8 +75,8 @@ def series_audit(audit: Any) -> LabFigure:
     suspects = {label for problem in audit.problems for label in problem.labels}
     image = square.imshow(distance, cmap="Blues", vmin=0)
     figure.colorbar(image, ax=square, shrink=0.8, label="relative distance")
-    square.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-    square.set_yticks(range(len(labels)), labels, fontsize=7)
+    square.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, parse_math=False)
+    square.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
     square.grid(False)
     for ticks in (square.get_xticklabels(), square.get_yticklabels()):
         for tick in ticks:
@@ -88,7 +88,7 @@ def series_audit(audit: Any) -> LabFigure:
     for i, label in enumerate(labels[1:], start=1):
         if label in suspects:
             line.plot(i, change[i - 1], color=COLORS[1], marker="s", markersize=8, linestyle="none")
-    line.set_xticks(range(1, len(labels)), labels[1:], rotation=90, fontsize=7)
+    line.set_xticks(range(1, len(labels)), labels[1:], rotation=90, fontsize=7, parse_math=False)
     line.set_ylim(0, None)
     line.set_ylabel("distance from the checkpoint before")
     line.set_xlabel("checkpoint, in the order of steps")

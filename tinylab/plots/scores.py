@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tinylab.errors import ConfigError
+from tinylab.evaluate.published import BENCHMARKS
 from tinylab.plots.style import (
     COLORS,
     DASHES,
@@ -36,9 +38,12 @@ COLUMNS = 4
 def score_trajectories(scores: Table | None, published: Table | None = None, reference: str = "tinyllama") -> LabFigure:
     """Accuracy over training tokens with 95% intervals and chance lines, one panel per task.
 
-    `scores` is `Scores(store).table()`, a run's own tasks, on top; `published` is `published()`, below, on its own
-    panels and its own token axis. `reference` is `tinyllama`, `pythia` or `both`: whose published points are drawn.
+    `scores` is `Scores(store).table()`, a run's own tasks, on top, a line for each number of items and profile;
+    `published` is `published()`, below, on its own panels and its own token axis. `reference` says whose points those
+    are: `tinyllama` (and Pythia-1.0B, its yardstick) or `pythia`. Raises ConfigError for another one.
     """
+    if reference not in REFERENCES:
+        raise ConfigError(f"reference must be one of {', '.join(REFERENCES)}; found {reference!r}")
     table: Any = scores
     own = [] if scores is None or not len(scores) else list(dict.fromkeys(scores["task"]))
     shown = _published_rows(published, reference)
@@ -52,17 +57,17 @@ def score_trajectories(scores: Table | None, published: Table | None = None, ref
         columns=columns,
         width={1: 5.2, 2: 7.6}.get(columns, 10.0),
         height=(0.9 if tasks or not own else 1.3) + 2.35 * rows,
-        caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance. "
-        "Panels have scales of their own.",
+        caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance"
+        + ("; dash-dotted: always the frequent answer. " if "boolq" in [*own, *tasks] else ". ")
+        + "Panels have scales of their own.",
     )
     for i, task in enumerate(own):
-        ax = axes[i // columns, i % columns]
-        _panel(ax, table[table["task"] == task], f"this run: {task}", "this run", 0)
+        _own_panel(axes[i // columns, i % columns], table[table["task"] == task], task)
     for i, task in enumerate(tasks):
         ax = axes[own_rows + i // columns, i % columns]
         rows_of_task = shown[shown["task"] == task]
         for j, (family, group) in enumerate(rows_of_task.groupby("family", sort=False)):
-            _panel(ax, group, SHORT[task], str(family), 1 + list(FAMILIES.values()).index(str(family)), label=j)
+            _panel(ax, group, SHORT[task], str(family), 1 + list(FAMILIES.values()).index(str(family)), first=j == 0)
     used = {(i // columns, i % columns) for i in range(len(own))}
     used |= {(own_rows + i // columns, i % columns) for i in range(len(tasks))}
     for place in np.ndindex(axes.shape):
@@ -75,6 +80,7 @@ def score_trajectories(scores: Table | None, published: Table | None = None, ref
 
 
 FAMILIES = {"v1.0": "TinyLlama v1.0", "v1.1": "TinyLlama v1.1", "pythia": "Pythia-1.0B"}
+REFERENCES = {"tinyllama": tuple(FAMILIES.values()), "pythia": (FAMILIES["pythia"],)}
 
 
 def _published_rows(published: Table | None, reference: str) -> Any:
@@ -83,11 +89,7 @@ def _published_rows(published: Table | None, reference: str) -> Any:
         return ()
     table = published[published["low"].notna()].copy()
     table["family"] = [_family(label) for label in table["label"]]
-    if reference == "tinyllama":
-        return table[table["family"].notna()]  # Pythia is TinyLlama's own yardstick and stays
-    if reference == "pythia":
-        return table[table["family"] == FAMILIES["pythia"]]
-    return table[table["family"].notna()]
+    return table[table["family"].isin(REFERENCES[reference])]
 
 
 def _family(label: str) -> str | None:
@@ -98,25 +100,45 @@ def _family(label: str) -> str | None:
     return None if label.startswith("v1.1") else FAMILIES["v1.0"]
 
 
-def _panel(ax: Any, rows: Table, title: str, name: str, color: int, label: int = 0) -> None:
-    """One series with its intervals in one panel, in percent."""
+def _own_panel(ax: Any, rows: Table, task: str) -> None:
+    """A run's scores on one task: what was measured on other items or otherwise is another line, not another point."""
+    keys = [key for key in ("n", "profile") if key in rows]
+    series: list[Any] = sorted(rows.groupby(keys), key=lambda part: (-len(part[1]), -part[0][0]))
+    for j, (_, group) in enumerate(series):
+        name = f"{int(group['n'].iloc[0])} items"
+        if "profile" in rows and rows["profile"].nunique() > 1:
+            name += f", {group['profile'].iloc[0]}"
+        _panel(ax, group, f"this run: {task}", name, j % 4, first=j == 0)
+    at = rows["tokens"].dropna()
+    if len(at) and 0 < 50 * at.min() < at.max():  # the early checkpoints of a run stand at powers of two
+        ax.set_xscale("log")
+        token_axis(ax, "training tokens (log scale)")
+    if len(series) > 1:
+        ax.legend(frameon=False, fontsize=7.5, loc="upper left")
+
+
+def _panel(ax: Any, rows: Table, title: str, name: str, look: int, *, first: bool) -> None:
+    """One series with its intervals in one panel, in percent; the first brings title, units and chance lines."""
     rows = rows.sort_values("tokens")
     x, y = rows["tokens"].to_numpy(float), 100 * rows["value"].to_numpy(float)
     low, high = 100 * rows["low"].to_numpy(float), 100 * rows["high"].to_numpy(float)
     ax.errorbar(
-        x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], color=COLORS[color], elinewidth=1.2,
-        capsize=2, marker=MARKERS[color], markersize=4.5, linewidth=1.4, linestyle=DASHES[color], label=name,
+        x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], color=COLORS[look], elinewidth=1.2,
+        capsize=2, marker=MARKERS[look], markersize=4.5, linewidth=1.4, linestyle=DASHES[look], label=name,
     )  # fmt: skip
-    chance = rows["chance"].dropna()
-    if len(chance) and label == 0:
-        ax.axhline(100 * float(chance.iloc[0]), color=FAINT, linewidth=1.1, linestyle=":")
-    if label == 0:
-        style_axes(ax)
-        metric = rows["metric"].iloc[0] if "metric" in rows else "accuracy"
-        ax.set_title(title.replace("_", " "), fontsize=9.5, color=INK, loc="left")
-        ax.set_ylabel(
-            f"{'acc. by mutual info' if metric == 'acc_mutual_info' else metric.replace('_', ' ')} (%)", fontsize=8.5
-        )
+    if not first:
+        return
+    style_axes(ax)
+    task, chance = rows["task"].iloc[0], rows["chance"].dropna()
+    majority = BENCHMARKS[task].majority if task in BENCHMARKS else None
+    for level, dash in ((chance.iloc[0] if len(chance) else None, ":"), (majority, "-.")):
+        if level is not None:
+            ax.axhline(100 * float(level), color=FAINT, linewidth=1.1, linestyle=dash)
+    metric = rows["metric"].iloc[0] if "metric" in rows else "accuracy"
+    ax.set_title(title.replace("_", " "), fontsize=9.5, color=INK, loc="left")
+    ax.set_ylabel(
+        f"{'acc. by mutual info' if metric == 'acc_mutual_info' else metric.replace('_', ' ')} (%)", fontsize=8.5
+    )
     ax.margins(x=0.08)
     token_axis(ax)
     ax.xaxis.get_major_locator().set_params(nbins=4)

@@ -57,9 +57,10 @@ def new_figure(
     lines = caption.count("\n") + 1 if caption else 0
     foot, head = (0.17 * lines + 0.08) / height if lines else 0.0, 0.36 / height
     figure.get_layout_engine().set(rect=(0.004, foot, 0.992, 1 - foot - head), w_pad=0.06, h_pad=0.05)  # type: ignore[union-attr]
-    figure.text(0.012, 1 - 0.09 / height, title, ha="left", va="top", fontsize=12, fontweight="bold", color=INK)
+    literal: dict[str, Any] = {"ha": "left", "parse_math": False}  # names of runs may hold a $
+    figure.text(0.012, 1 - 0.09 / height, title, va="top", fontsize=12, fontweight="bold", color=INK, **literal)
     if caption:
-        figure.text(0.012, 0.06 / height, caption, ha="left", va="bottom", fontsize=8, color=FAINT, linespacing=1.25)
+        figure.text(0.012, 0.06 / height, caption, va="bottom", fontsize=8, color=FAINT, linespacing=1.25, **literal)
     for ax in axes.flat:
         style_axes(ax)
     return figure, axes
@@ -109,7 +110,7 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], lines: i
     for (_, _, text, color), place in zip(ordered, places, strict=True):
         ax.annotate(
             text, (right, to_value(place - over)), xytext=(5, 0), textcoords="offset points", va="center", color=color,
-            fontsize=9, annotation_clip=False,
+            fontsize=9, annotation_clip=False, parse_math=False,
         )  # fmt: skip
 
 
@@ -135,6 +136,7 @@ def mark_stages(ax: Axes, config: Any, *, names: bool = True) -> None:
             ax.annotate(
                 stage.name, ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
                 textcoords="offset points", ha="center", va="bottom", fontsize=8.5, color=FAINT, annotation_clip=True,
+                parse_math=False,
             )  # fmt: skip
         start = end
 
