@@ -51,6 +51,9 @@ def test_a_missing_device_and_a_bad_rank_are_explained(monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(LaunchError, match="RANK must be a whole number; found 'first'"), open_context(CPU):
         pass
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(LaunchError, match="RANK must lie below WORLD_SIZE; found RANK 1 and WORLD_SIZE 1"):
+        open_context(CPU).__enter__()
 
 
 RANKS = """

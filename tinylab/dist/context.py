@@ -85,6 +85,11 @@ def open_context(parallel: Parallel) -> Iterator[Context]:
     CUDA ones) that ends with the context. Raises LaunchError when the asked device or a peer is missing.
     """
     rank, world = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    if rank >= world:
+        raise LaunchError(
+            f"RANK must lie below WORLD_SIZE; found RANK {rank} and WORLD_SIZE {world}. Start all ranks with torchrun, "
+            "or unset both for one process"
+        )
     local_rank, local_world = _integer("LOCAL_RANK", rank), _integer("LOCAL_WORLD_SIZE", world)
     device = _device(parallel.device, local_rank)
     threads = parallel.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
