@@ -56,6 +56,7 @@ def test_wrong_head_count_names_both_fields_and_a_remedy():
         (lambda: Stage(lr_end=0.1), r'lr_end needs stages\.pretrain\.lr = "linear" or "cosine"; found lr = "schedule"'),
         (lambda: Stage(lr="linear", lr_end=2.0), r"lr_end must lie between 0 and 1"),
         (lambda: Schedule(end=1.0), r"schedule\.end must lie below 1 .* does not decay; found 1\.0"),
+        (lambda: Schedule(kind="constant", end=-0.1), r"schedule\.end must be at least 0: .*; found -0\.1"),
         (lambda: Schedule(warmup_tokens=-1), r"warmup_tokens must be at least 0; found -1"),
         (lambda: Schedule(decay_fraction=0.0), r"decay_fraction must lie above 0"),
         (lambda: Optimizer(lr=0.0), r"optimizer\.lr = 0\.0"),

@@ -163,6 +163,8 @@ class Schedule:
                 f"schedule.end must lie below 1 (and at 0 or above), or the rate does not decay; found {self.end}. "
                 'Set schedule.kind = "constant" for a rate that stays'
             )
+        if self.end < 0:
+            raise ConfigError(f"schedule.end must be at least 0: a stage's own decay ends there; found {self.end}")
         if not 0 < self.decay_fraction <= 1:
             raise ConfigError(f"schedule.decay_fraction must lie above 0 and at most 1; found {self.decay_fraction}")
 
