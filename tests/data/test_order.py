@@ -242,6 +242,30 @@ def test_every_prefix_is_within_a_sample_and_a_half_and_every_batch_within_three
         assert np.abs(in_batches).max() <= 3
 
 
+@pytest.mark.parametrize("skew", [0, 1])
+def test_more_sources_add_half_a_sample_per_level_of_the_tree(skew):
+    names = [f"s{i}" for i in range(22)]
+    weights = [1000.0 if i == 0 and skew else 1.0 + i % 3 for i in range(22)]
+    config = toy([stage(4096, 256, {})])
+    sources = tuple(Source(name=n, corpus="local:prose") for n in names)
+    stages = (replace(config.stages[0], mixture=dict(zip(names, weights, strict=True))),)
+    order = DataOrder(
+        replace(config, data=replace(config.data, sources=sources), stages=stages), dict.fromkeys(names, 9)
+    )
+    source = np.array([r[1] for r in all_samples(order)])
+    for i, weight in enumerate(weights):
+        error = np.cumsum(source == i) - np.arange(1, 4097) * (weight / sum(weights))
+        assert np.abs(error).max() <= 2.5
+
+
+def test_a_share_of_almost_nothing_takes_its_first_sample_when_it_is_due():
+    config = toy([stage(4000, 100, {"a": 1.0, "b": 1e-3, "c": 1e-9, "d": 5e-324})], 4)
+    order = DataOrder(config, dict.fromkeys("abcd", 10))
+    source = np.array([r[1] for r in all_samples(order)])
+    assert np.bincount(source, minlength=4).tolist() == [3996, 4, 0, 0]
+    assert np.flatnonzero(source == 1).tolist() == [500, 1501, 2502, 3503]  # (n + 1)/1001 passes 0.5, 1.5 …
+
+
 def test_a_share_of_nothing_gets_nothing_and_a_share_of_everything_all():
     config = toy([stage(50, 5, {"a": 1.0}, "one"), stage(50, 5, {"c": 2.0}, "two")], 3)
     source = [r[1] for r in all_samples(DataOrder(config, {"a": 3, "c": 3}))]
@@ -358,6 +382,20 @@ def test_the_last_step_of_a_run_of_trillions_is_exact():
         epoch, place = divmod(count - 1, windows[name])
         assert last.epoch[row] == epoch
         assert last.window[row] == reference_window(config.seed, name, epoch, place, windows[name])
+
+
+def test_step_ten_to_the_ninth_is_computed_and_not_counted_up_to():
+    steps, batch = 10**9, 64
+    shares = [{"a": 0.7, "b": 0.3}, {"a": 0.2, "b": 0.8}]
+    ramp = steps * batch // 2
+    stages = [stage(steps * batch, batch, shares[0], "one"), stage(steps * batch, batch, shares[1], "two", ramp)]
+    order = DataOrder(toy(stages), {"a": 12_345, "b": 999})
+    for step in (1, 2, steps, steps + 1, steps + steps // 4, 2 * steps):
+        source = order.samples(step).source
+        before, after = order.consumed(step - 1), order.consumed(step)
+        assert [int((source == i).sum()) for i in (0, 1)] == [after[n] - before[n] for n in "ab"]
+    share_of_a = 0.7 * 1 + (0.7 + 0.2) / 2 * 0.5 + 0.2 * 0.5  # the first stage, the ramp, what follows it
+    assert order.consumed(2 * steps)["a"] == pytest.approx(share_of_a * steps * batch, abs=2)
 
 
 def test_shares_that_no_small_fraction_gives_stay_exact_over_trillions():

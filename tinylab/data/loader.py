@@ -145,8 +145,8 @@ def validation_windows(config: RunConfig, shards: ShardSet) -> list[tuple[str, i
         held = {n: shards.stream("validation", n).n_tokens for n in available}
         raise DataError(
             f"{shards.path}: the validation split must hold at least model.seq_len + 1 = {seq_len + 1} tokens of one "
-            f"source; found {', '.join(f'{n}: {t}' for n, t in held.items())}. Give more text, raise "
-            "data.validation_fraction, or shorten model.seq_len"
+            f"source; found {', '.join(f'{n}: {t}' for n, t in held.items())}. Give more text (a source's only "
+            "document is never held out), raise data.validation_fraction, or shorten model.seq_len"
         )
     chosen: dict[str, list[int]] = {}
     by_size = sorted(available, key=lambda n: available[n])

@@ -2,6 +2,7 @@
 
     step → sample numbers n           stages laid end to end, each with its own batch size
     n → (source, number in source)    a binary tree over the sources that follows the mixture within 1.5 samples
+                                      (half a sample per level of the tree: 1.5 for up to 8 sources, 2.5 for 32)
     number → (epoch, place)           division by the windows of the source
     place → window                    a keyed permutation of the source's windows, another one in every epoch
 
