@@ -86,6 +86,8 @@ def test_a_signal_stops_after_a_checkpoint_and_repeats_no_step(
     assert (resumed["step"], resumed["repeated_steps"]) == (7, 0)
     losses = [(r["step"], r["loss"].hex(), r["data_hash"]) for r in run.metric_records()]
     assert losses == [(r["step"], r["loss"].hex(), r["data_hash"]) for r in reference.metric_records()]
+    hours = json.loads((run.checkpoints()[-1] / "trainer" / "trainer.json").read_text())["hours"]
+    assert hours == pytest.approx(sum(r["step_time_s"] for r in run.metric_records()) / 3600, rel=1e-3)
 
 
 def test_signals_at_random_moments_never_lose_a_step(trainer: Any, reference: Run, tmp_path: Path):
