@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,6 +232,15 @@ def test_every_verb_explains_its_options(verb_name: str, capsys: pytest.CaptureF
     assert main([verb_name, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"usage: tinylab {verb_name}" in out
+    assert not re.search(r"None|False|default: \)", out), "a default that says nothing"
+
+
+def test_the_text_of_an_option_is_one_paragraph_however_its_docstring_breaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(["bench", "--help"]) == 0
+    assert "lie apart. opening: seconds and peak memory" in capsys.readouterr().out
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):

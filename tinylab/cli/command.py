@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
+import io
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
+from typing import Annotated, Any, TextIO, cast, get_type_hints
 
 import tinylab
 from tinylab.cli.output import Answer, to_json
@@ -39,6 +43,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """Verb to its module in tinylab/cli and one line of help. The function in the module is called `<verb>_verb`."""
 
+_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+
 COMMON = """options of every verb:
   --json     one JSON document on standard output; progress and messages stay on standard error
   --debug    with an error, show where it came from
@@ -52,6 +58,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = _take(arguments, "--debug"), _take(arguments, "--json")
+    with _streams():
+        return _run(arguments, debug, as_json)
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Standard streams that take every character and, for messages, outlive their reader."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # standard error does so by itself
+    with contextlib.redirect_stderr(cast(TextIO, _Messages(sys.stderr))):
+        yield
+
+
+class _Messages:
+    """Standard error whose reader may leave (`2>&1 | head`, a closed terminal): messages are lost, the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run(arguments: list[str], debug: bool, as_json: bool) -> int:
+    """The exit code of a command line whose common options are taken out."""
     try:
         return _show(_dispatch(arguments, as_json), as_json)
     except KeyboardInterrupt:
@@ -90,7 +133,12 @@ def _dispatch(arguments: list[str], as_json: bool) -> Answer:
 
     parse = _bound(_verb_function(verb))
     try:
-        call = tyro.cli(parse, prog=f"tinylab {verb}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+        call = tyro.cli(
+            parse,
+            prog=f"tinylab {verb}",
+            args=arguments[1:],
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+        )
     except SystemExit as stop:  # help was printed, or the error on standard error
         return Answer(None, "", int(stop.code or 0))
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -102,12 +150,24 @@ def _verb_function(verb: str) -> Callable[..., Answer]:
 
 
 def _bound(function: Callable[..., Answer]) -> Callable[..., Callable[[], Answer]]:
-    """The same signature and help, but a call only binds: wrong usage is told from an error of the work itself."""
+    """The same options, but a call only binds: wrong usage is told from an error of the work itself.
+
+    The help leaves out defaults that say nothing, and an option's text is one paragraph, however its docstring breaks.
+    """
+    from tyro.conf import arg
 
     @wraps(function)
     def bind(*args: object, **kwargs: object) -> Callable[[], Answer]:
         return partial(function, *args, **kwargs)
 
+    del bind.__wrapped__  # tyro would look through it
+    signature = inspect.signature(function)
+    bind.__dict__["__signature__"] = signature
+    bind.__doc__ = re.sub(r"\n {12,}(?=\S)", " ", function.__doc__ or "")
+    bind.__annotations__ = get_type_hints(function, include_extras=True)
+    for name, parameter in signature.parameters.items():
+        if any(parameter.default is nothing for nothing in (None, False, (), parameter.empty)):
+            bind.__annotations__[name] = Annotated[bind.__annotations__[name], arg(help_behavior_hint="")]
     return bind
 
 
@@ -119,7 +179,8 @@ def usage() -> str:
         "usage: tinylab VERB [ARGUMENTS] [OPTIONS]     (also: tinylab --version)\n\n"
         f"verbs:\n{verbs}\n\n{COMMON}\n\n"
         "RUN is a path, or a name below runs/ in TINYLAB_HOME (default: the current folder).\n"
-        "REF is a model: a folder, RUN, RUN@STEP, RUN@1.5M (tokens).\n"
+        "REF is a model: a folder, RUN, RUN@STEP, RUN@1.5M (tokens), RUN@STAGE, a published milestone\n"
+        "(tinyllama-1.1b@1T; list: tinylab checkpoints --published), a Hub id, a lit-gpt .pth.\n"
         "First steps: tinylab demo, then: tinylab train mine --preset tiny --tokens 2M"
     )
 
@@ -146,9 +207,13 @@ def _fail(message: str, code: int, debug: bool) -> int:
     """Print one message on standard error (and with `debug` the traceback) and return the exit code."""
     if debug:
         traceback.print_exc()
-    with contextlib.suppress(OSError):
-        print(f"tinylab: {message}", file=sys.stderr, flush=True)
+    print(f"tinylab: {_visible(message, sys.stderr)}", file=sys.stderr, flush=True)
     return code
+
+
+def _visible(text: str, stream: TextIO) -> str:
+    """The text; for a terminal with control characters spelled out, because models and documents hold any of them."""
+    return text.translate(_CONTROLS) if stream.isatty() else text
 
 
 def _show(answer: Answer, as_json: bool) -> int:
@@ -156,7 +221,7 @@ def _show(answer: Answer, as_json: bool) -> int:
     text = to_json(answer.document) if as_json and answer.document is not None else answer.text
     try:
         if text:
-            print(text)
+            print(_visible(text, sys.stdout))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

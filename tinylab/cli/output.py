@@ -21,8 +21,8 @@ class Answer:
 
 
 def to_json(document: Any) -> str:
-    """The document as JSON; numbers that JSON lacks (nan, inf) become null, paths become text."""
-    return json.dumps(_plain(document), indent=1, ensure_ascii=False, allow_nan=False)
+    """The document as JSON in ASCII, whatever the stream takes; numbers that JSON lacks (nan, inf) become null."""
+    return json.dumps(_plain(document), indent=1, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
