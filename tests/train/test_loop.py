@@ -166,6 +166,20 @@ def test_another_layout_goes_on_with_a_note(trainer: Any, reference: Run, tmp_pa
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)  # fp32 sums in another order
 
 
+def test_run_and_data_may_move_to_another_place(trainer: Any, reference: Run, tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    config = override(trainer.config, [f"data.path={old}/shards"])
+    assert trainer.go(old / "run", config, failpoint="step.logged:6").code == -signal.SIGKILL
+    old.rename(new)
+    run = Run(new / "run")
+    ended = trainer.go(run.path, override(config, [f"data.path={new}/shards"]))
+    assert ended.code == 0, ended.stderr
+    resumed = next(line for line in run.journal() if line["event"] == "resumed")
+    assert resumed["step"] == 5 and not old.exists()
+    assert [r["loss"] for r in run.metric_records()] == [r["loss"] for r in reference.metric_records()]
+
+
 def test_a_second_trainer_is_refused_and_the_first_lives(reference: Run, trainer: Any, tmp_path: Path):
     run = copy_of(reference, tmp_path / "run")
     with run.lock():

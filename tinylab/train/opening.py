@@ -25,8 +25,9 @@ from tinylab.runs.folder import Run, step_name
 from tinylab.runs.metrics import MetricsLog
 from tinylab.runs.provenance import provenance
 
-LAYOUT_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision")
-"""Keys that may change between two starts: they lay out the work, and shift at most the last bits of the weights."""
+FREE_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision") | {"data.path"}
+"""Keys that may change between two starts: the layout of the work, which shifts at most the last bits of the weights,
+and the place of the data, which their fingerprint in the checkpoint holds to be the same."""
 
 
 @contextmanager
@@ -75,12 +76,12 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
 
 
 def _require_same(config: RunConfig, run: Run) -> None:
-    """Raise ConfigError naming every key that differs from the run's; a changed layout is written down instead."""
+    """Raise ConfigError naming every key that differs from the run's; a change of FREE_KEYS is written down instead."""
     before, now = flatten(run_to_dict(run.config)), flatten(run_to_dict(config))
     changed = {
         k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
     }
-    refused = {k: v for k, v in changed.items() if k not in LAYOUT_KEYS}
+    refused = {k: v for k, v in changed.items() if k not in FREE_KEYS}
     if refused:
         lines = [f"{key} = {_show(new)} asked, {_show(old)} in the run" for key, (old, new) in refused.items()]
         hint = " A run cannot be made longer or shorter." if any(k.endswith(".tokens") for k in refused) else ""
@@ -118,8 +119,9 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_digest(config: RunConfig) -> str:
-    """SHA-256 of everything in the configuration but the layout of the work."""
-    return hashlib.sha256(run_to_toml(replace(config, parallel=Parallel())).encode()).hexdigest()
+    """SHA-256 of everything in the configuration but the layout of the work and the place of the data."""
+    same = replace(config, parallel=Parallel(), data=replace(config.data, path=None))
+    return hashlib.sha256(run_to_toml(same).encode()).hexdigest()
 
 
 def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path | None) -> None:
