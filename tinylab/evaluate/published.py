@@ -137,15 +137,6 @@ def published() -> pandas.DataFrame:
 
 def _records(row: _Row) -> list[dict[str, object]]:
     *cells, average = row.percent.split()
-    step_tokens = None if row.step is None else row.step * STEP_TOKENS
-    common: dict[str, object] = {
-        "model": row.model,
-        "label": row.label,
-        "step": row.step,
-        "tokens": _EXACT_V1_1 if step_tokens is None else step_tokens,
-        "tokens_printed": row.printed_tokens,
-        "source": row.source,
-    }
     records, shares, errors = [], [], []
     for (task, benchmark), printed in zip(BENCHMARKS.items(), cells, strict=True):
         n = benchmark.n
@@ -154,33 +145,34 @@ def _records(row: _Row) -> list[dict[str, object]]:
         shares.append(k / n)
         errors.append(standard_error(k, n))
         flags = [] if exact else [f"no k/{n} gives {printed}; nearest is {k}/{n} = {100 * k / n:.2f}"]
-        records.append(
-            common
-            | {"task": task, "metric": benchmark.metric, "printed": printed, "value": round(float(printed) / 100, 6)}
-            | {"k": k, "n": n, "stderr": errors[-1], "low": low, "high": high, "chance": benchmark.chance}
-            | {"recomputed": k / n, "flag": _flag(row.label, task, flags)}
-        )
+        found = {"k": k, "n": n, "stderr": errors[-1], "low": low, "high": high, "chance": benchmark.chance}
+        records.append(_record(row, task, benchmark.metric, printed, flags, **found, recomputed=k / n))
     mean, stderr = sum(shares) / len(shares), math.hypot(*errors) / len(errors)
     of_cells = f"{sum(map(float, cells)) / len(cells):.2f}"
     flags = [] if of_cells == average else [f"printed {average}; the row's mean is {of_cells}"]
+    found = {"stderr": stderr, "low": mean - 1.96 * stderr, "high": mean + 1.96 * stderr, "recomputed": mean}
     chance = sum(b.chance for b in BENCHMARKS.values()) / len(BENCHMARKS)
-    records.append(
-        common
-        | {"task": MEAN, "metric": "mean", "printed": average, "value": round(float(average) / 100, 6)}
-        | {"k": None, "n": None, "stderr": stderr, "low": mean - 1.96 * stderr, "high": mean + 1.96 * stderr}
-        | {"chance": chance, "recomputed": mean, "flag": _flag(row.label, MEAN, flags)}
-    )
+    records.append(_record(row, MEAN, "mean", average, flags, **found, chance=chance))
     for task, printed in zip(INSTRUCT_EVAL, row.instruct.split(), strict=bool(row.instruct)):
-        records.append(
-            common
-            | {"task": task, "metric": "score", "printed": printed, "value": round(float(printed) / 100, 6)}
-            | {"k": None, "n": None, "stderr": None, "low": None, "high": None}
-            | {"chance": 0.25 if task == "mmlu" else None, "recomputed": None, "flag": ""}
-        )
+        records.append(_record(row, task, "score", printed, [], chance=0.25 if task == "mmlu" else None))
     return records
 
 
-def _flag(label: str, task: str, found: list[str]) -> str:
-    """What was found by arithmetic, then what is known by reading."""
-    remark = _REMARKS.get((label, task))
-    return "; ".join([*found, remark] if remark else found)
+def _record(row: _Row, task: str, metric: str, printed: str, flags: list[str], **found: object) -> dict[str, object]:
+    """A row of the table. `found` is what could be rebuilt; a task without items has none of it."""
+    remark = _REMARKS.get((row.label, task))  # after what was found by arithmetic, what is known by reading
+    return {
+        "model": row.model,
+        "label": row.label,
+        "step": row.step,
+        "tokens": _EXACT_V1_1 if row.step is None else row.step * STEP_TOKENS,
+        "tokens_printed": row.printed_tokens,
+        "source": row.source,
+        "task": task,
+        "metric": metric,
+        "printed": printed,
+        "value": round(float(printed) / 100, 6),
+        **dict.fromkeys(("k", "n", "stderr", "low", "high", "chance", "recomputed")),
+        **found,
+        "flag": "; ".join([*flags, remark] if remark else flags),
+    }
