@@ -121,6 +121,14 @@ def test_an_error_is_shown_in_the_view_and_the_next_question_works(form):
     assert form.state.value.startswith("done") and "2 to 8192 tokens" in form.result.value
 
 
+def test_prompts_pass_through_the_form_unchanged(lab: Path):
+    from tinylab.widgets import CompareCheckpoints
+
+    prompts = [r"print('a\n')", "import os\n\ndef", r"\d+\\", "one\x0bline\u2028"]
+    form = CompareCheckpoints("tiny", "tiny", prompts=prompts)
+    assert len(form.prompts.value.split("\n")) == 4 and form._question()[2]["prompts"] == prompts
+
+
 def test_controls_are_labelled_and_sliders_wait_for_release(form):
     controls = [form.a, form.b, form.text, form.prompts, form.length, form.temperature, form.seed]
     assert all(control.description for control in controls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from tinylab.widgets.view import ComparisonView, Loaded, compare_view, load
 _WIDE = {"description_width": "13em"}
 _LINE = {"width": "34em"}
 _AREA = {"width": "50em", "height": "5em"}
+_ONE_LINE = {ord("\n"): r"\n", ord("\\"): r"\\"}
+"""How a prompt is written on one line of the form."""
 
 
 class CompareCheckpoints:
@@ -41,56 +44,23 @@ class CompareCheckpoints:
         self._models: dict[str, Loaded] = {}
         self._thread: threading.Thread | None = None
         choices = _choices(a, b)
-        self.a = ipywidgets.Dropdown(description="A (earlier)", options=choices, value=a, style=_WIDE, layout=_LINE)
-        self.b = ipywidgets.Dropdown(description="B (later)", options=choices, value=b, style=_WIDE, layout=_LINE)
-        self.text = ipywidgets.Textarea(
-            description="Text to score", value=text, style=_WIDE, layout=_AREA, continuous_update=False
+        self.a = _control(ipywidgets.Dropdown, "A (earlier)", a, options=choices)
+        self.b = _control(ipywidgets.Dropdown, "B (later)", b, options=choices)
+        self.text = _control(ipywidgets.Textarea, "Text to score", text, layout=_AREA, continuous_update=False)
+        lines = "\n".join(prompt.translate(_ONE_LINE) for prompt in prompts)
+        self.prompts = _control(
+            ipywidgets.Textarea, "Prompts, one a line", lines, layout=_AREA, continuous_update=False
         )
-        self.prompts = ipywidgets.Textarea(
-            description="Prompts, one a line",
-            value="\n".join(p.replace("\n", "\\n") for p in prompts),
-            style=_WIDE,
-            layout=_AREA,
-            continuous_update=False,
+        self.length = _control(ipywidgets.IntSlider, "Continue (tokens)", 40, min=1, max=200, continuous_update=False)
+        self.temperature = _control(
+            ipywidgets.FloatSlider, "Temperature (0: greedy)", 0, min=0, max=2, step=0.1, continuous_update=False
         )
-        self.length = ipywidgets.IntSlider(
-            description="Continue (tokens)",
-            value=40,
-            min=1,
-            max=200,
-            style=_WIDE,
-            layout=_LINE,
-            continuous_update=False,
-        )
-        self.temperature = ipywidgets.FloatSlider(
-            description="Temperature (0: greedy)",
-            value=0,
-            min=0,
-            max=2,
-            step=0.1,
-            style=_WIDE,
-            layout=_LINE,
-            continuous_update=False,
-        )
-        self.seed = ipywidgets.BoundedIntText(
-            description="Seed", value=0, min=0, max=2**31 - 1, style=_WIDE, layout=_LINE
-        )
+        self.seed = _control(ipywidgets.BoundedIntText, "Seed", 0, min=0, max=2**31 - 1)
         self.button = ipywidgets.Button(description="Compare", button_style="primary", tooltip="Compare A and B")
         self.state = ipywidgets.Label(value="ready: press Compare")
         self.result = ipywidgets.HTML(value=view.html if view else "")
-        self.form = ipywidgets.VBox(
-            [
-                self.a,
-                self.b,
-                self.text,
-                self.prompts,
-                self.length,
-                self.temperature,
-                self.seed,
-                ipywidgets.HBox([self.button, self.state]),
-                self.result,
-            ]
-        )
+        controls = [self.a, self.b, self.text, self.prompts, self.length, self.temperature, self.seed]
+        self.form = ipywidgets.VBox([*controls, ipywidgets.HBox([self.button, self.state]), self.result])
         self.button.on_click(self._start)
 
     def static(self) -> Html:
@@ -121,7 +91,8 @@ class CompareCheckpoints:
 
     def _question(self) -> tuple[str, str, dict[str, Any]]:
         """What the form asks for now, read in the kernel's own thread."""
-        prompts = [line.replace("\\n", "\n") for line in self.prompts.value.splitlines() if line]
+        lines = filter(None, self.prompts.value.split("\n"))
+        prompts = [re.sub(r"\\([\\n])", lambda found: "\n" if found[1] == "n" else "\\", line) for line in lines]
         settings = {"text": self.text.value, "prompts": prompts, "max_new_tokens": self.length.value}
         return (
             str(self.a.value),
@@ -149,6 +120,10 @@ class CompareCheckpoints:
         if ref not in self._models:
             self._models = dict(list(self._models.items())[-1:]) | {ref: load(ref, self.device)}
         return self._models[ref]
+
+
+def _control(kind: Any, description: str, value: Any, *, layout: dict[str, str] = _LINE, **settings: Any) -> Any:
+    return kind(description=description, value=value, style=_WIDE, layout=layout, **settings)
 
 
 def _choices(a: str, b: str) -> list[tuple[str, str]]:
