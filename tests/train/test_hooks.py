@@ -71,11 +71,12 @@ def test_without_a_terminal_a_plain_line_comes_each_ten_seconds(
     assert lines[-1].endswith("0:00:00 left")
 
 
-def test_in_a_terminal_a_bar_shows_loss_and_rate(tiny_config: RunConfig, monkeypatch: Any):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_in_a_terminal_a_bar_shows_loss_and_rate(tiny_config: RunConfig, monkeypatch: Any):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     progress = Progress()
@@ -83,6 +84,33 @@ def test_in_a_terminal_a_bar_shows_loss_and_rate(tiny_config: RunConfig, monkeyp
     progress.step(record(5))
     progress.end()
     assert "5/24" in terminal.getvalue() and "loss 3.250, 1,234 tokens/s" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_reader_that_left_does_not_end_the_run(terminal: bool, tiny_config: RunConfig, monkeypatch: Any):
+    class Stream(io.StringIO):
+        left = False
+
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            if self.left:
+                raise BrokenPipeError
+            return super().write(text)
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(hooks, "PLAIN_LINE_S", 0.0)
+    progress = Progress()
+    progress.start(tiny_config, 0)
+    progress.step(record(1))
+    stream.left = True
+    for step in range(2, 25):
+        progress.step(record(step))
+        time.sleep(0.01)
+    progress.end()
+    assert "/24" in stream.getvalue()
 
 
 def test_an_executor_gets_no_progress_line(monkeypatch: Any):

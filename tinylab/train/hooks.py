@@ -162,6 +162,10 @@ class Progress(Hook):
             self._bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True)
 
     def step(self, record: dict[str, Any]) -> None:
+        with suppress(OSError):  # a terminal or pipe that went away must not end the run
+            self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", False)
             self._bar.update()
@@ -181,7 +185,8 @@ class Progress(Hook):
 
     def end(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
 
 def progress_hooks(wanted: bool) -> list[Hook]:
