@@ -63,6 +63,8 @@ def test_names_lie_below_runs_and_paths_stay_as_they_are(private_home: Path, tmp
     assert resolve_run("a/demo") == Path("a/demo").absolute()
     assert resolve_run(tmp_path / "x") == tmp_path / "x"
     assert resolve_run("~/x") == Path.home() / "x"
+    monkeypatch.setenv("TINYLAB_HOME", "~/lab")
+    assert resolve_run("demo") == Path.home() / "lab" / "runs" / "demo"
     monkeypatch.chdir(tmp_path)
     Run(tmp_path / "demo").create(tiny(), {})
     assert resolve_run("demo") == tmp_path / "demo"

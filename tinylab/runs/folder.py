@@ -27,7 +27,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 def home() -> Path:
     """The folder that holds `data/` and `runs/`: TINYLAB_HOME, or the current folder."""
-    return Path(os.environ.get("TINYLAB_HOME") or ".").absolute()
+    return Path(os.environ.get("TINYLAB_HOME") or ".").expanduser().absolute()
 
 
 def resolve_run(name: str | Path) -> Path:
