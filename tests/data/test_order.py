@@ -425,6 +425,15 @@ def test_steps_outside_the_run_are_refused():
             order.samples(step)
 
 
+def test_a_batch_placed_in_parts_is_the_same(monkeypatch):
+    config = toy([stage(90, 45, {"a": 3.0, "b": 1.0, "c": 2.0}, "one"), stage(80, 40, {"c": 1.0}, "two", 30)], 3)
+    order = DataOrder(config, dict.fromkeys("abc", 11))
+    whole = all_samples(order)
+    for chunk in (1, 7, 44):
+        monkeypatch.setattr("tinylab.data.order._CHUNK", chunk)
+        assert all_samples(order) == whole
+
+
 def test_the_order_needs_no_torch():
     code = "import sys, tinylab.data.order; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

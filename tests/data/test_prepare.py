@@ -25,7 +25,7 @@ from tinylab.data import prepare as module
 from tinylab.data.audit import audit_shards
 from tinylab.data.prepare import data_path, prepare
 from tinylab.data.shards import ShardSet, open_shards
-from tinylab.data.tokenizer import load_tokenizer_file, train_tokenizer
+from tinylab.data.tokenizer import Tokenizer, load_tokenizer_file, train_tokenizer
 from tinylab.errors import DataError
 from tinylab.runs.folder import home
 
@@ -345,6 +345,22 @@ def test_a_missing_empty_or_unreadable_corpus_names_its_source(data, tmp_path):
             prepare(replace(data, sources=(data.sources[0], Source(name="bad", corpus=corpus))), progress=quiet)
     with pytest.raises(DataError, match=r"source copy .* that no other has; found .*'duplicates': 122"):
         prepare(replace(data, sources=(data.sources[0], copy)), progress=quiet)
+
+
+def test_a_fast_engine_that_is_wrong_on_a_document_of_the_corpus_encodes_nothing(data, monkeypatch):
+    honest = Tokenizer._encode_gigatoken
+
+    def wrong_where_it_says_parser(self, texts):
+        found = zip(texts, honest(self, texts), strict=True)
+        return [ids[:-1] if "parser" in text else ids for text, ids in found]
+
+    monkeypatch.setattr(Tokenizer, "_encode_gigatoken", wrong_where_it_says_parser)
+    said: list[str] = []
+    shards = prepare(data, progress=said.append)
+    assert any("encoded by tokenizers" in line for line in said)
+    assert any("gigatoken gives other ids than sentencepiece" in line for line in said)
+    monkeypatch.undo()
+    assert any("parser" in text for text in stored_texts(shards, "train", "a"))  # checks every text's digest
 
 
 def test_a_tokenizer_of_another_size_is_refused_with_both_sizes(data, tokenizer_folder):

@@ -224,6 +224,17 @@ def test_digests_are_remembered_only_while_the_file_stays_the_same(make_data, mo
         open_shards(shards.path)
 
 
+def test_digests_of_files_younger_than_the_clocks_grain_are_not_remembered(make_data, monkeypatch):
+    shards, _, _ = _two(make_data)
+    monkeypatch.setattr("tinylab.data.integrity._RACY_NS", 10**18)
+    calls: list[Path] = []
+    monkeypatch.setattr("tinylab.data.integrity.sha256_file", lambda p: calls.append(p) or sha256_file(p))
+    open_shards(shards.path)
+    first = len(calls)
+    open_shards(shards.path)
+    assert len(calls) == 2 * first > 0
+
+
 def test_a_folder_without_data_and_an_altered_manifest_are_refused(make_data, tmp_path: Path):
     with pytest.raises(
         DataError, match=r"nothing must hold prepared data \(manifest\.json\); found none.*tinylab prepare"

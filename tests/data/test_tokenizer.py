@@ -322,6 +322,17 @@ def test_a_file_that_leaves_parts_out_or_writes_merges_in_the_old_way_is_the_sam
     assert all("\n" not in note for note in short.notes)
 
 
+def test_no_setting_of_a_file_cuts_or_fills_a_text(trained, texts, tmp_path):
+    trained.save(tmp_path)
+    wrong = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    wrong.enable_truncation(5)
+    wrong.enable_padding(length=9)
+    wrong.save(str(tmp_path / "cuts.json"))
+    loaded = load_tokenizer_file(tmp_path / "cuts.json")
+    assert ids_of(loaded, ["a", *texts]) == ids_of(trained, ["a", *texts])
+    assert not loaded.notes  # the slower engine agrees
+
+
 def test_special_tokens_in_a_text_are_text(trained):
     ids = trained.encode("<s>a</s><unk>")
     assert not {0, 1, 2} & set(ids)
