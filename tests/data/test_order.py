@@ -316,6 +316,25 @@ def test_ranks_together_consume_exactly_the_step_and_their_hashes_add_up(world):
         assert format_hash(sum(map(data_hash, parts))) == format_hash(data_hash(whole))
 
 
+@settings(max_examples=1000, derandomize=True, deadline=None)  # reliability.md, R6
+@given(run=runs(), data=st.data())
+def test_any_rank_count_and_any_start_give_the_samples_of_an_undisturbed_run(run, data):
+    config, windows = run
+    sizes = [s.batch_tokens // SEQ for s in config.stages]
+    worlds = [w for w in (1, 2, 4, 8) if not any(size % w for size in sizes)]
+    world, start = data.draw(st.sampled_from(worlds)), data.draw(st.integers(1, config.steps))
+    undisturbed, resumed = DataOrder(config, windows), DataOrder(config, windows)
+    undisturbed.samples(1)
+    for step in range(start, min(start + 2, config.steps + 1)):
+        whole = undisturbed.samples(step)
+        parts = [rank_slice(resumed.samples(step), rank, world) for rank in range(world)]
+        for column in ("n", "source", "epoch", "window"):
+            assert np.concatenate([getattr(p, column) for p in parts]).tolist() == getattr(whole, column).tolist()
+        assert format_hash(sum(map(data_hash, parts))) == format_hash(data_hash(whole))
+        first = config.tokens_at(step - 1) // SEQ
+        assert whole.n.tolist() == list(range(first, first + len(whole)))
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_valid_numbers():
     config = toy([stage(24, 24, {}, "one"), stage(12, 12, {}, "two")])
     for world in (1, 2, 3, 4, 6, 12):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinylab.data.shards import ShardSet, ShardWriter, fingerprint_of, open_shards
@@ -194,18 +194,37 @@ def test_every_damaged_file_is_listed_at_once(make_data):
         assert file in str(caught.value)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@pytest.fixture(scope="module")
+def intact(write_data, tmp_path_factory) -> Path:
+    """A data folder whose files a test may damage, if it puts them back."""
+    return write_data(tmp_path_factory.mktemp("damage") / "data", {"a": DOCUMENTS}, {"a": [[1, 2]]}, shard_tokens=6)
+
+
+@settings(max_examples=500, derandomize=True, deadline=None)  # reliability.md, R9
 @given(data=st.data())
-def test_any_flipped_bit_of_any_file_is_found(write_data, tmp_path_factory, data):
-    folder = write_data(tmp_path_factory.mktemp("flip") / "data", {"a": DOCUMENTS}, {"a": [[1, 2]]})
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    path = data.draw(st.sampled_from(files))
-    content = bytearray(path.read_bytes())
-    bit = data.draw(st.integers(0, 8 * len(content) - 1))
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(bytes(content))
-    with pytest.raises(DataError):
-        open_shards(folder)
+def test_any_damage_to_any_file_is_found(intact, data):
+    path = data.draw(st.sampled_from(sorted(p for p in intact.rglob("*") if p.is_file())))
+    content = path.read_bytes()
+    at = data.draw(st.integers(0, len(content) - 1))
+    damage = data.draw(st.sampled_from(["bit", "cut", "extra", "zeros", "random", "deleted"]))
+    if damage == "bit":
+        changed = bytearray(content)
+        changed[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif damage == "cut":
+        changed = content[:at]
+    elif damage == "extra":
+        changed = content[:at] + b"\0" + content[at:]
+    elif damage == "zeros":
+        changed = content[:at] + bytes(len(content) - at)
+    else:
+        changed = data.draw(st.binary(min_size=len(content), max_size=len(content)))
+    assume(bytes(changed) != content)
+    try:
+        path.unlink() if damage == "deleted" else path.write_bytes(bytes(changed))
+        with pytest.raises(DataError):
+            open_shards(intact)
+    finally:
+        path.write_bytes(content)
 
 
 def test_digests_are_remembered_only_while_the_file_stays_the_same(make_data, monkeypatch):
