@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch.nn.functional as F
 
 from tinylab.checkpoint.formats import load_folder
 from tinylab.config.schema import RunConfig
-from tinylab.data.loader import Loader
+from tinylab.data.loader import Loader, validation_batches
 from tinylab.data.order import data_hash, format_hash
 from tinylab.data.prepare import prepare
 from tinylab.data.shards import ShardSet
@@ -24,7 +28,6 @@ from tinylab.optim.schedule import lr_at
 from tinylab.runs.folder import Run
 from tinylab.train import meter
 from tinylab.train.step import StepResult
-from tinylab.train.validation import Validator
 
 CONTEXT = Context(device=torch.device("cpu"))
 
@@ -58,9 +61,28 @@ def test_a_checkpoint_holds_the_weights_whose_validation_loss_is_on_its_line(
     step: int, reference: Run, tiny_config: RunConfig, shards: ShardSet
 ):
     model = load_folder(reference.checkpoints_path / f"step-{step:08d}")
-    measured = Validator(tiny_config, shards, CONTEXT, "fp32").measure(model)
+    sizes = piece_bytes(shards.tokenizer_path / "tokenizer.json")
+    nats = targets = text_nats = text_bytes = 0.0
+    for batch in validation_batches(tiny_config, shards, micro_batch=3):
+        with torch.no_grad():
+            losses = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten(), reduction="none")
+        for loss, target in zip(losses.tolist(), batch.targets.flatten().tolist(), strict=True):
+            nats, targets = nats + loss, targets + 1
+            text_nats, text_bytes = text_nats + loss * (sizes[target] > 0), text_bytes + sizes[target]
     record = reference.metric_records()[step - 1]
-    assert measured == pytest.approx({k: record[k] for k in measured}, rel=1e-6) and len(measured) == 2
+    assert targets == 8 * 32 and text_nats < nats, "the end of a document is no text"
+    assert record["validation_loss"] == pytest.approx(nats / targets, rel=1e-6)
+    assert record["bits_per_byte"] == pytest.approx(text_nats / math.log(2) / text_bytes, rel=1e-6)
+
+
+def piece_bytes(tokenizer: Path) -> dict[int, int]:
+    """Bytes of text behind each id, read from the tokenizer's own file."""
+    vocabulary = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
+    result = {}
+    for piece, number in vocabulary.items():
+        is_special, is_byte = piece in ("<unk>", "<s>", "</s>"), re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        result[number] = 0 if is_special else 1 if is_byte else len(piece.replace("\u2581", " ").encode())
+    return result
 
 
 def test_rates_are_those_of_all_ranks(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch):
