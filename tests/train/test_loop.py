@@ -13,11 +13,12 @@ import pytest
 from tinylab.config.io import override, run_from_dict, run_to_dict
 from tinylab.config.schema import RunConfig
 from tinylab.dist.context import Context
-from tinylab.errors import RunStopped
+from tinylab.errors import CheckpointError, RunStopped
 from tinylab.runs.folder import Run
 from tinylab.runs.manifest import verify_folder
 from tinylab.runs.metrics import UNITS
 from tinylab.train import loop
+from tinylab.train.hooks import Hook
 from tinylab.train.opening import open_run
 
 
@@ -185,6 +186,25 @@ def test_a_second_trainer_is_refused_and_the_first_lives(reference: Run, trainer
     with run.lock():
         ended = trainer.go(run.path)
     assert ended.code == 1 and "one trainer at a time" in ended.stderr and "pid" in ended.stderr
+
+
+def test_a_run_whose_folder_was_replaced_writes_nothing_into_the_new_one(
+    trainer: Any, tmp_path: Path, monkeypatch: Any
+):
+    """Removed and started anew while the old trainer was in a long step: both wrote into one metrics.jsonl."""
+
+    class Replace(Hook):
+        def step(self, record: dict[str, Any]) -> None:
+            if record["step"] == 3:
+                shutil.rmtree(run.path)
+                run.create(trainer.config, {})
+                (run.path / "lock").touch()
+
+    monkeypatch.setenv("TINYLAB_HOME", str(trainer.home))
+    run = Run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="must stay where it is while it is trained"):
+        loop.train(trainer.config, run, progress=False, hooks=[Replace()])
+    assert not any(p.exists() for p in (run.metrics_path, run.journal_path, run.status_path))
 
 
 def test_other_data_under_the_same_name_are_refused(reference: Run, trainer: Any, tmp_path: Path):

@@ -66,6 +66,8 @@ class Run:
         self.checkpoints_path = self.path / "checkpoints"
         self.evaluations_path = self.path / "evaluations"
         self.logs_path = self.path / "logs"
+        self._lock_path = self.path / "lock"
+        self._lock: int | None = None
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -109,7 +111,7 @@ class Run:
 
         Raises CheckpointError naming the holder when another process trains here.
         """
-        path = self.path / "lock"
+        path = self._lock_path
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
@@ -127,9 +129,28 @@ class Run:
                 raise disk_error(path, error) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            self._lock = descriptor
             yield
         finally:
+            self._lock = None
             os.close(descriptor)
+
+    def require_place(self) -> None:
+        """Raise CheckpointError when the folder that this object holds is no longer at its path.
+
+        Its name may belong to another trainer's folder by then: nothing must be written there.
+        """
+        if self._lock is None:
+            return
+        try:
+            held = os.path.samestat(os.fstat(self._lock), os.stat(self._lock_path))
+        except OSError:
+            held = False
+        if not held:
+            raise CheckpointError(
+                f"{self.path} must stay where it is while it is trained; it was removed, moved or replaced. "
+                "Nothing more was written there. Put it back and repeat the same command, or start another run"
+            )
 
     def write_status(self, state: str, step: int, **more: Any) -> None:
         """Replace `status.json`: state (`running`, `done`, `stopped`, `failed`), step, pid, host, heartbeat (s)."""

@@ -124,8 +124,9 @@ class Heartbeat(Hook):
             self.write("running", **self._last)
 
     def write(self, state: str, **more: Any) -> None:
-        """Replace the status now."""
+        """Replace the status now. Raises CheckpointError when the run folder is gone."""
         with self._writing:
+            self._run.require_place()
             self._run.write_status(state, self.at, steps=self._config.steps, tokens=self.tokens, **more)
 
     @contextmanager

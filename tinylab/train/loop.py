@@ -98,6 +98,7 @@ def _steps(
         )
         record = meter.record(state, result, lr, data_hash) | validator.after(state.model, state.step)
         if context.is_main:
+            run.require_place()
             log.append(record)
             failpoint("step.logged")
         for hook in hooks:
