@@ -188,19 +188,24 @@ def test_a_second_call_finds_it_done_and_reads_no_corpus(data, tmp_path):
     assert second.fingerprint == first.fingerprint and not said
 
 
-def test_files_that_changed_since_are_said_and_the_data_used_as_they_are(data, tmp_path):
+def test_files_that_changed_since_are_said_and_the_data_used_as_they_are(data, tmp_path, tokenizer_folder):
+    tokenizer = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    data = replace(data, tokenizer=str(tokenizer))
     first = prepare(data, progress=quiet)
     said: list[str] = []
     (tmp_path / "a" / "more.txt").write_text("a file more")
     assert prepare(data, progress=said.append).fingerprint == first.fingerprint
     (line,) = said
-    assert (
-        f"{first.path} is used as it was prepared, but source a (files:" in line and "124 files then, 125 now" in line
-    )
+    assert f"{first.path} is used as it was prepared, but source a (" in line and "124 files then, 125 now" in line
     (tmp_path / "a" / "more.txt").unlink()
     (tmp_path / "b.jsonl").write_text('{"text": "another corpus of the same name, as in another folder"}\n')
     prepare(data, progress=said.append)
     assert len(said) == 2 and "source b" in said[1] and "1 files then, 1 now, of other names or sizes" in said[1]
+    shutil.rmtree(tokenizer)
+    prepare(data, progress=said.append)
+    train_tokenizer(PARAGRAPHS[:200], VOCAB).save(tokenizer)
+    prepare(data, progress=said.append)
+    assert len(said) == 5 and sum("but tokenizer (" in line for line in said) == 1
 
 
 def test_numbers_are_said_before_and_after(data, capsys):

@@ -92,17 +92,15 @@ def matching_files(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def listing(spec: str) -> dict[str, Any] | None:
-    """How many files a `files:` corpus matches now, and a digest of their names and sizes; None for any other."""
-    kind, _, pattern = spec.partition(":")
-    if kind != "files":
-        return None
+def listing(pattern: str) -> dict[str, Any] | None:
+    """How many files a pattern or folder holds now, and a digest of their names and sizes; None if there are none."""
+    folder = os.path.isdir(os.path.expanduser(pattern))
+    paths = matching_files(os.path.join(pattern, "**/*") if folder else pattern)
     digest = hashlib.sha256()
-    paths = matching_files(pattern)
     for path in paths:
         size = os.stat(path).st_size if os.path.exists(path) else -1  # reading it names what is wrong with it
         digest.update(os.fsencode(path) + b"\0%d\0" % size)
-    return {"files": len(paths), "sha256": digest.hexdigest()}
+    return {"files": len(paths), "sha256": digest.hexdigest()} if paths else None
 
 
 def _alternatives(pattern: str) -> list[str]:

@@ -125,15 +125,24 @@ def _prepared(target: Path, data: Data) -> ShardSet | None:
     return shards
 
 
-def _say_what_changed(shards: ShardSet, data: Data, say: Say) -> None:
-    """Say which sources match other files now than when `shards` were prepared; gone files are no change."""
+def _listings(data: Data) -> dict[str, dict[str, Any]]:
+    """The local files behind each source and the tokenizer, as `corpora.listing` gives them."""
+    places = {"tokenizer": data.tokenizer} if data.tokenizer != "train" else {}
     for source in data.sources:
-        before = shards.manifest["report"].get("listings", {}).get(source.name)
-        now = listing(source.corpus) if before else None
-        if before and now and now["files"] and now != before:
+        kind, _, rest = source.corpus.partition(":")
+        if kind != "local":
+            places[f"source {source.name}"] = rest.partition(":")[0] if kind == "hf" else rest
+    return {f"{what} ({place})": found for what, place in places.items() if (found := listing(place))}
+
+
+def _say_what_changed(shards: ShardSet, data: Data, say: Say) -> None:
+    """Say what other files are there now than when `shards` were prepared; gone files are no change."""
+    now = _listings(data)
+    for what, before in shards.manifest["report"].get("listings", {}).items():
+        if now.get(what, before) != before:
             say(
-                f"{shards.path} is used as it was prepared, but source {source.name} ({source.corpus}) has changed: "
-                f"{before['files']:,} files then, {now['files']:,} now, of other names or sizes. "
+                f"{shards.path} is used as it was prepared, but {what} has changed: {before['files']:,} files then, "
+                f"{now[what]['files']:,} now, of other names or sizes. "
                 "To prepare it again, delete the folder or give another (data.path)"
             )
 
@@ -173,7 +182,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
     """Write shards and tokenizer of `data` below `folder`; gives the manifest."""
     started = time.monotonic()
-    listings = {source.name: listing(source.corpus) for source in data.sources}
+    listings = _listings(data)
     spools = _read_sources(folder / "spool", data, say)
     tokenizer = _tokenizer(data, spools, say)
     boundary = _boundary(tokenizer, data)
@@ -213,7 +222,7 @@ def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
         tool=f"tinylab {__version__}",
         report={
             "sources": {spool.name: spool.report for spool in spools},
-            "listings": {name: found for name, found in listings.items() if found},
+            "listings": listings,
             "conservation": {
                 "tokens_encoded": encoded,
                 "boundary_tokens": documents * sum(map(len, boundary)),
