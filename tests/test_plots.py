@@ -245,6 +245,13 @@ def test_escaped_text_reads_back_as_it_was():
     assert seen.text == "x_1 [y](z) 2 < 3 | über 你好"
 
 
+def test_a_text_of_line_ends_only_does_not_fill_a_page():
+    html = plots.table_html(pandas.DataFrame({"text": ["a" + "\n" * 47 + "b", "a\n\nb"]}))
+    seen = Collector()
+    seen.feed(html)
+    assert "a\n[47 line ends]\nb" in seen.text and "a\n\nb" in seen.text
+
+
 def test_token_colours_are_centred_at_zero():
     html = plots.token_loss_html(tokens(["a", "b", "c"]).assign(delta=[-1.0, 0.0, 1.0]), limit=1.0)
     found = re.findall(r'background:rgb\((\d+),(\d+),(\d+)\)" title', html)

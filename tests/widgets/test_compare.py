@@ -14,7 +14,7 @@ from tinylab.checkpoint.reference import load_model, load_tokenizer
 from tinylab.errors import EvaluationError
 from tinylab.runs.folder import Run
 from tinylab.widgets import compare_view
-from tinylab.widgets.view import load, scored_pair
+from tinylab.widgets.view import compare_scores, load, scored_pair
 
 TEXT = "Return a new list <b>containing</b> all items from the iterable, in $ascending$ order: über 你好."
 
@@ -73,6 +73,12 @@ def test_the_view_holds_the_numbers_of_the_functions_beneath(lab: Path):
     assert view.summary()["loss_b"] == pytest.approx(table["loss_b"].mean())
     assert set(view.scores["task"]) and view.scores["n"].iloc[0] == 20
     assert len(view.flips) == int((view.scores["only_a"] + view.scores["only_b"]).sum())
+    kept = {(f["task"], f["prompt"][-160:]): f for f in compare_scores(a, b).flips()}
+    for row in view.flips.to_dict("records"):
+        flip = kept[row["task"], row["prompt"]]
+        wrong = flip["chosen_b"] if row["direction"] == "right → wrong" else flip["chosen_a"]
+        assert row["right answer"] == flip["choices"][flip["gold"]][:160]
+        assert row["chosen instead"] == flip["choices"][wrong][:160] and wrong != flip["gold"]
     assert view.html.count("data:image/png;base64,") == 4 and "<b>containing" not in view.html
 
 

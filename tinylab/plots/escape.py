@@ -13,6 +13,7 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
+_BLANK = re.compile(r"\n{4,}")
 _CELL = "padding:0.15em 0.8em;"
 _TEXT_CELL = _CELL + "text-align:left;vertical-align:top;max-width:46em;overflow-wrap:break-word;white-space:pre-wrap"
 _MARKUP = {c: f"&#{ord(c)};" for c in "&<>\"'`$%\\*_~[]{}|"}
@@ -42,10 +43,15 @@ def table_html(table: pandas.DataFrame, caption: str = "", digits: int = 4) -> s
     return f'<table class="tinylab">{title}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
+def _line_ends(found: re.Match[str]) -> str:
+    """A model may say nothing but line ends: their number instead of a page of white."""
+    return f"\n[{len(found[0])} line ends]\n"
+
+
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         words = {True: "yes", False: "no", None: ""}
-        text = words[value] if value is None or isinstance(value, bool) else value
+        text = words[value] if value is None or isinstance(value, bool) else _BLANK.sub(_line_ends, str(value))
         return f'<td style="{_TEXT_CELL}">{escape(text)}</td>'
     number = float(value)
     if number != number:

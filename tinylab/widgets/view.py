@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from tinylab.data.tokenizer import Tokenizer
     from tinylab.model.transformer import Llama
 
-FLIP_COLUMNS = ("task", "direction", "margin_a", "margin_b", "prompt", "gold", "chosen_a", "chosen_b", "origin")
-_PROMPT_CHARACTERS = 160
+FLIP_COLUMNS = ("task", "direction", "margin_a", "margin_b", "prompt", "right answer", "chosen instead", "origin")
+_CHARACTERS = 160
+"""Of a prompt's end and of an answer's beginning, in the table of flips."""
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,16 @@ def _score_tables(comparison: Comparison | None) -> tuple[Any, Any]:
 
     if comparison is None:
         return pandas.DataFrame(), pandas.DataFrame(columns=list(FLIP_COLUMNS))
-    rows = [{k: row.get(k) for k in FLIP_COLUMNS} for row in comparison.flips()]
-    for row in rows:
-        row["prompt"] = str(row["prompt"] or "")[-_PROMPT_CHARACTERS:]
+    rows = [_flip_row(flip) for flip in comparison.flips()]
     return comparison.table(), pandas.DataFrame(rows, columns=list(FLIP_COLUMNS))
+
+
+def _flip_row(flip: dict[str, Any]) -> dict[str, Any]:
+    """A flip with its texts; where the store has them no more, an answer is its number."""
+    gold, chosen = flip["gold"], (flip["chosen_a"], flip["chosen_b"])
+    answers = [str(flip["choices"][i] if flip.get("choices") else i) for i in (gold, *(c for c in chosen if c != gold))]
+    texts = {"right answer": answers[0][:_CHARACTERS], "chosen instead": answers[1][:_CHARACTERS]}
+    return flip | texts | {"prompt": str(flip.get("prompt") or "")[-_CHARACTERS:]}
 
 
 def _identity(first: Loaded, second: Loaded, comparison: Comparison | None) -> Any:
