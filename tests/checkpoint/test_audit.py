@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tinylab.checkpoint.audit import SeriesAudit, audit_series
 from tinylab.checkpoint.huggingface import save_weights, write_config
-from tinylab.checkpoint.path import find_strays
+from tinylab.checkpoint.path import _added, find_strays, violation
 from tinylab.checkpoint.reference import resolve_reference
 from tinylab.config.schema import Model
 from tinylab.errors import NothingFoundError
@@ -194,6 +195,31 @@ def test_steps_are_ordered_as_numbers_not_as_text(trained: Path, tmp_path: Path)
 def test_an_empty_series_says_so():
     with pytest.raises(NothingFoundError, match="must have checkpoints; found none"):
         audit_series([])
+
+
+def test_what_a_point_adds_is_the_violation_with_it_less_that_without():
+    points = np.random.default_rng(0).normal(size=(9, 3))
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    path, point = [4, 1, 7, 0, 8, 2], 5
+    without = violation(distance, path)
+    wanted = [violation(distance, [*path[:i], point, *path[i:]]) - without for i in range(len(path) + 1)]
+    assert min(wanted) > 0
+    np.testing.assert_allclose(_added(distance, path, point), wanted, rtol=1e-9)
+
+
+def test_a_series_as_long_as_pythias_is_judged_in_seconds():
+    """154 steps, 40 of them with weights of the end, as in EleutherAI/pythia#205. It took minutes once."""
+    draw = np.random.default_rng(0)
+    points = 5 * draw.normal(size=1000) + np.cumsum(draw.normal(size=(154, 1000)), axis=0)
+    order = np.arange(154)
+    order[20:100:2] = 153 - np.arange(40) % 30
+    rows = points[order] + 0.1 * draw.normal(size=(154, 1000))
+    distance = np.stack([np.linalg.norm(rows - row, axis=1) for row in rows])
+    norms = np.linalg.norm(rows, axis=1)
+    start = time.monotonic()
+    strays, _ = find_strays(distance, rows @ rows.T / np.outer(norms, norms))
+    assert time.monotonic() - start < 20
+    assert {s.index for s in strays} >= set(range(20, 100, 2))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -107,9 +107,9 @@ def _best_place(distance: np.ndarray, path: list[int], point: int) -> int | None
     """Where in `path` the point fits with the least detour; None if it fits nowhere."""
     if len(path) < 2:
         return None
-    base, fitting = violation(distance, path), []
-    for place in range(len(path) + 1):
-        if violation(distance, [*path[:place], point, *path[place:]]) > base + 1e-9:
+    fitting = []
+    for place, added in enumerate(_added(distance, path, point)):
+        if added > 1e-9:
             continue
         if place in (0, len(path)):
             near, far = (path[0], path[1]) if place == 0 else (path[-1], path[-2])
@@ -118,6 +118,20 @@ def _best_place(distance: np.ndarray, path: list[int], point: int) -> int | None
         neighbours = path[max(place - 1, 0) : place + 1]
         fitting.append((float(distance[point, neighbours].mean()), place))
     return min(fitting)[1] if fitting else None
+
+
+def _added(distance: np.ndarray, path: list[int], point: int) -> list[float]:
+    """The violation that `point` would add at each place of `path`, from all threes that it would be part of."""
+    d, p = distance[np.ix_(path, path)], distance[point, path]
+    rows, columns, ordered = p[:, None], p[None, :], np.triu(np.ones_like(d, dtype=bool), 1)
+
+    def excess(longer: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.where(ordered, np.maximum(longer / np.maximum(whole, 1e-12) - LIMIT, 0.0), 0.0)
+
+    first = excess(np.maximum(rows, d), columns)
+    middle = excess(np.maximum(rows, columns), d)
+    last = excess(np.maximum(d, columns), rows)
+    return [float(first[at:, at:].sum() + middle[:at, at:].sum() + last[:at, :at].sum()) for at in range(len(path) + 1)]
 
 
 def _is_unrelated_end(distance: np.ndarray, cosine: np.ndarray, path: list[int], end: int) -> bool:
