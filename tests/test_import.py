@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,17 @@ def test_every_public_name_arrives():
 
 def test_public_names_are_listed():
     assert {"Run", "load_model", "evaluate", "compare", "__version__"} <= set(dir(tinylab))
+
+
+def test_type_checkers_see_the_public_names_and_no_others():
+    tree = ast.parse(Path(tinylab.__file__).read_text(encoding="utf-8"))
+    blocks = {ast.unparse(node.test): node.body for node in tree.body if isinstance(node, ast.If)}
+    declared = [
+        name.asname for node in blocks["TYPE_CHECKING"] if isinstance(node, ast.ImportFrom) for name in node.names
+    ]
+    assert sorted(map(str, declared)) == sorted(tinylab._NAMES)
+    # A __getattr__ that they see makes every misspelt name a valid one.
+    assert not [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "__getattr__"]
 
 
 def test_unknown_name_is_an_attribute_error():

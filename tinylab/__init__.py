@@ -45,16 +45,18 @@ _NAMES = {
 """Public name to `module` or `module:attribute`. `evaluate` and `train` are folders that can be called, too."""
 
 
-def __getattr__(name: str) -> Any:
-    """The public object called `name`, imported now. Raises AttributeError for any other name."""
-    if name not in _NAMES:
-        raise AttributeError(f"module 'tinylab' has no attribute {name!r}")
-    module, _, attribute = _NAMES[name].partition(":")
-    value = importlib.import_module(module)
-    if attribute:
-        value = getattr(value, attribute)
-        globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take every name for a public one
+
+    def __getattr__(name: str) -> Any:
+        """The public object called `name`, imported now. Raises AttributeError for any other name."""
+        if name not in _NAMES:
+            raise AttributeError(f"module 'tinylab' has no attribute {name!r}")
+        module, _, attribute = _NAMES[name].partition(":")
+        value = importlib.import_module(module)
+        if attribute:
+            value = getattr(value, attribute)
+            globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
