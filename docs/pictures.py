@@ -29,4 +29,4 @@ def main(run_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:] or ["demo"])

@@ -157,6 +157,12 @@ def test_no_tracked_file_names_a_private_path():
     assert found == []
 
 
+@pytest.mark.parametrize("folder", ["data", "runs", "evaluations"])
+def test_git_ignores_what_commands_write_into_their_home_folder(folder: str):
+    tracked_files()  # skips outside a checkout
+    assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/x"], cwd=ROOT).returncode == 0
+
+
 def test_nothing_produced_is_tracked():
     produced = re.compile(
         r"(^|/)(runs|data|cache|\.venv|__pycache__|\.ipynb_checkpoints)/|\.(pt|pth|safetensors|bin|log)$"
@@ -172,6 +178,30 @@ def test_notebooks_are_committed_without_outputs():
             for cell in json.loads(path.read_text())["cells"]:
                 assert not cell.get("outputs"), path
                 assert cell.get("execution_count") is None, path
+
+
+TEMPLATES = sorted([*(ROOT / "env").rglob("*.s*"), ROOT / "env" / "Dockerfile", ROOT / "env" / "apptainer.def"])
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.name)
+def test_files_verbs_and_presets_that_a_template_names_exist(path: Path):
+    from tinylab.cli.command import VERBS
+    from tinylab.config.presets import PRESETS
+
+    text = path.read_text()
+    files = re.findall(r"(?<![/\w.])[\w-]+(?:/[\w*-]+)+\.(?:yaml|sbatch|txt|def|sh)\b", text)
+    assert [name for name in files if not list(ROOT.glob(name))] == []
+    verbs = re.findall(r"(?:^tinylab|-m tinylab|tinylab\.sif|/lab\" tinylab) ([a-z]+)(?![/\w])", text, re.MULTILINE)
+    assert verbs or path.name == "install-gpu-extras.sh"
+    assert set(verbs) <= set(VERBS)
+    assert set(re.findall(r"--preset (\w+)", text)) <= set(PRESETS)
+
+
+def test_the_container_of_clusters_takes_the_project_and_nothing_that_runs_left():
+    lines = (ROOT / "env" / "apptainer.def").read_text().partition("%files\n")[2].partition("%post")[0].split("\n")
+    pairs = [line.split() for line in lines if line.strip()]
+    assert {source for source, _ in pairs} == {"pyproject.toml", "README.md", "env", "notebooks", "tinylab"}
+    assert all(target == f"/opt/tinylab/{source}" for source, target in pairs)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "env").rglob("*.s*")), ids=lambda p: p.name)
