@@ -168,6 +168,9 @@ def test_the_same_texts_give_the_same_fingerprint_and_files_wherever_and_however
     assert second.manifest["files"] == first.manifest["files"]
     monkeypatch.undo()
     with open(tmp_path / "b.jsonl", "a") as file:
+        file.write("\n  \n")
+    assert prepare(data, path=tmp_path / "spaced", progress=quiet).fingerprint == first.fingerprint
+    with open(tmp_path / "b.jsonl", "a") as file:
         file.write('{"text": "one document more"}\n')
     assert prepare(data, path=tmp_path / "third", progress=quiet).fingerprint != first.fingerprint
 

@@ -28,6 +28,8 @@ SHARD_TOKENS = 2**26
 """Tokens of a full shard: 128 MiB as uint16."""
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 START = np.dtype("<i8")
+_NOT_IDENTITY = ("fingerprint", "files", "listings")
+"""Keys of a manifest that the same texts may give otherwise: `listings` is of files, which may be packed anew."""
 
 
 def dtype_name(vocab_size: int) -> str:
@@ -36,8 +38,8 @@ def dtype_name(vocab_size: int) -> str:
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over a data manifest without `fingerprint` and `files`: the identity of the prepared data."""
-    rest = {k: v for k, v in manifest.items() if k not in ("fingerprint", "files")}
+    """SHA-256 over a data manifest but for the keys of `_NOT_IDENTITY`: the identity of the prepared data."""
+    rest = {k: v for k, v in manifest.items() if k not in _NOT_IDENTITY}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

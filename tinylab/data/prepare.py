@@ -138,7 +138,7 @@ def _listings(data: Data) -> dict[str, dict[str, Any]]:
 def _say_what_changed(shards: ShardSet, data: Data, say: Say) -> None:
     """Say what other files are there now than when `shards` were prepared; gone files are no change."""
     now = _listings(data)
-    for what, before in shards.manifest["report"].get("listings", {}).items():
+    for what, before in shards.manifest.get("listings", {}).items():
         if now.get(what, before) != before:
             say(
                 f"{shards.path} is used as it was prepared, but {what} has changed: {before['files']:,} files then, "
@@ -208,7 +208,7 @@ def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
             say(f"{split} {spool.name}: {len(entries):,} documents, {stored:,} tokens")
     stored = sum(e["tokens"] for sources in splits.values() for e in sources.values())
     say(f"{stored:,} tokens in {time.monotonic() - started:.1f} s")
-    return build_manifest(
+    manifest = build_manifest(
         _identity(data),
         {
             "hash": tokenizer.hash,
@@ -222,7 +222,6 @@ def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
         tool=f"tinylab {__version__}",
         report={
             "sources": {spool.name: spool.report for spool in spools},
-            "listings": listings,
             "conservation": {
                 "tokens_encoded": encoded,
                 "boundary_tokens": documents * sum(map(len, boundary)),
@@ -230,6 +229,7 @@ def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
             },
         },
     )
+    return {**manifest, "listings": listings}
 
 
 def _read_sources(folder: Path, data: Data, say: Say) -> list[Spool]:
