@@ -116,6 +116,13 @@ def test_a_duplicate_is_found_and_the_true_place_named(series: Path, wrong: str,
     assert f"{right} lies on the path, not {wrong}" in found.problems[0].message
 
 
+def test_no_place_is_named_for_copies_that_both_could_be_right(series: Path):
+    found = audit_series([series / "s032", Path(shutil.copytree(series / "s032", series / "copy"))])
+    assert [p.message for p in found.problems] == [
+        "s032 and copy have the same weights, bit for bit; each could lie where it stands"
+    ]
+
+
 def test_a_checkpoint_of_the_end_under_an_early_name_is_found(series: Path):
     shutil.copytree(series / "s128", series / "s999")
     state = {n: t * (1 + 1e-4) for n, t in load_file(weights_of(series / "s128")).items()}

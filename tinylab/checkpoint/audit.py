@@ -176,11 +176,13 @@ def _one_of_each(
     for members in copies:
         names = tuple(labels[i] for i in members)
         others = [usable.index(i) for i in usable if not any(i in group for group in copies)]
-        here = [i for i in members if i in usable]
-        best = min(here, key=lambda i: violation(distance, sorted([*others, usable.index(i)])), default=members[0])
+        here = {i: violation(distance, sorted([*others, usable.index(i)])) for i in members if i in usable}
+        best = min(here, key=lambda i: here[i], default=members[0])
         dropped |= set(members) - {best}
         wrong = ", ".join(labels[i] for i in members if i != best)
-        what = f"{' and '.join(names)} have the same weights, bit for bit; {labels[best]} lies on the path, not {wrong}"
+        is_certain = sum(v <= here[best] + 1e-9 for v in here.values()) == 1
+        place = f"{labels[best]} lies on the path, not {wrong}" if is_certain else "each could lie where it stands"
+        what = f"{' and '.join(names)} have the same weights, bit for bit; {place}"
         problems.append(Problem("duplicate", names, what))
     return [i for i in usable if i not in dropped], problems
 
