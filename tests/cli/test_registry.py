@@ -44,6 +44,12 @@ def test_published_milestones_carry_their_own_mean_score_only(capsys: pytest.Cap
     assert [ref for ref, mean in means.items() if mean and ref.startswith("pythia")] == ["pythia-1b@143000"]
 
 
+def test_published_tokens_stand_beside_their_printed_names(capsys: pytest.CaptureFixture[str]):
+    assert main(["checkpoints", "--published"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "1,006,632,960,000  1T, 1007B, 480k" in lines["tinyllama-1.1b@480000"]
+
+
 def test_a_duplicate_in_a_series_is_named_and_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     paths = [tmp_path / name for name in ("first", "second")]
     model = Llama(CONFIG)

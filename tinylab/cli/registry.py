@@ -61,9 +61,13 @@ def _own(refs: tuple[str, ...]) -> Answer:
     rows = [checkpoint_row(run, path) for run in chosen for path in run.checkpoints()]
     if not rows:
         where = ", ".join(str(r.path) for r in chosen) or "runs/"
-        raise NothingFoundError(f"{where} must hold committed checkpoints; found none. Train first: tinylab train RUN")
+        raise NothingFoundError(
+            f"{where} must hold committed checkpoints; found none. Train first: tinylab train RUN; "
+            "for published milestones: tinylab checkpoints --published"
+        )
     shown = [{**r, "size": byte_count(r["bytes"]), "ref": f"{r['run']}@{r['step']}"} for r in rows]
-    return Answer(rows, table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"]))
+    lines = table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"])
+    return Answer(rows, lines if refs else f"{lines}\nPublished milestones: tinylab checkpoints --published")
 
 
 def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
@@ -96,8 +100,9 @@ def _published() -> Answer:
         known = m.repository in means.index and (m.step is None or means.loc[m.repository, "step"] == m.step)
         mean = means.loc[m.repository, "printed"] if known else None
         rows.append({"ref": m.name, **dataclasses.asdict(m), "mean_score": mean})
-    shown = [{**r, "hub": f"{r['repository']}@{r['revision']}"} for r in rows]
-    return Answer(rows, table(shown, ["ref", "step", "tokens", "stage", "mean_score", "architecture", "hub"]))
+    shown = [{**r, "as named": ", ".join(r["printed"]), "hub": f"{r['repository']}@{r['revision']}"} for r in rows]
+    columns = ["ref", "step", "tokens", "as named", "stage", "mean_score", "architecture", "hub"]
+    return Answer(rows, table(shown, columns))
 
 
 def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
