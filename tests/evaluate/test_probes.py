@@ -17,6 +17,7 @@ from tinylab.evaluate.probes import (
     _PASSAGES,
     CHOICE_TOKENS,
     CONTEXT_TOKENS,
+    VERSION,
     build_probe,
     build_probes,
     documents,
@@ -116,3 +117,11 @@ def test_the_written_yaml_is_an_lm_eval_task_with_the_same_items(lab):
     assert {m["metric"] for m in config["metric_list"]} == {"acc", "acc_norm", "acc_mutual_info"}
     lines = Path(config["dataset_kwargs"]["data_files"]["validation"]).read_text().splitlines()
     assert [json.loads(line) for line in lines] == items
+
+
+def test_a_folder_that_cannot_be_written_only_costs_building_again(lab):
+    items = build_probe(lab.shards, "code", n_items=24)
+    folder = lab.data / "probes" / f"v{VERSION}-n24-seed0"
+    shutil.rmtree(folder)
+    (folder / "code.yaml").mkdir(parents=True)  # nothing can take its place
+    assert build_probe(lab.shards, "code", n_items=24) == items and not (folder / "code.jsonl").exists()

@@ -71,7 +71,12 @@ def _references(ref: Ref | Sequence[Ref], all_checkpoints: bool) -> list[Referen
     refs = [ref] if isinstance(ref, str | Path | Reference) else list(ref)
     if not all_checkpoints:
         return [resolve_reference(r) for r in refs]
-    return [resolve_reference(c.path) for r in refs for c in run_references(Run(str(r)))]
+    runs = [Run(str(r)) for r in refs]
+    if parts := [str(r) for r, run in zip(refs, runs, strict=True) if "@" in str(r) and not run.exists()]:
+        raise ConfigError(
+            f"with all checkpoints each REF must be a run; found {', '.join(parts)}: leave out the @ part"
+        )
+    return [resolve_reference(c.path) for run in runs for c in run_references(run)]
 
 
 def _data_of(reference: Reference, data: str | Path | None) -> Path:

@@ -9,6 +9,7 @@ alone. The wrong answers are right answers of other items, from other documents 
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import random
@@ -21,7 +22,7 @@ from typing import Any
 
 from tinylab.data.shards import ShardSet
 from tinylab.data.tokenizer import Tokenizer, load_tokenizer_file
-from tinylab.errors import DataError
+from tinylab.errors import CheckpointError, DataError
 from tinylab.runs.durable import read_lines, write_atomic
 
 VERSION = 2
@@ -246,9 +247,7 @@ def _keep(folder: Path, path: Path, task: str, items: list[dict[str, Any]]) -> N
 
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     config = probe_config(task) | {"dataset_kwargs": {"data_files": {"validation": str(path)}}}
-    try:
+    with contextlib.suppress(OSError, CheckpointError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    write_atomic(path.with_suffix(".yaml"), json.dumps(config, indent=1) + "\n")  # JSON is YAML
-    write_atomic(path, lines)
+        write_atomic(path.with_suffix(".yaml"), json.dumps(config, indent=1) + "\n")  # JSON is YAML
+        write_atomic(path, lines)
