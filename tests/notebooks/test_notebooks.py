@@ -104,6 +104,7 @@ def test_00_shows_what_works_here(lab: Path, tmp_path: Path):
 def test_01_shows_the_data_of_a_run(lab: Path, tmp_path: Path):
     result = execute("01_data_and_tokens", tmp_path / "out", run="tiny", step=3)
     assert result["samples"] == 16 and result["audit"]["problems"] == []
+    assert all(e["rest_tokens"] < 256 for split in result["audit"]["splits"].values() for e in split.values())
     assert {row["source"] for row in result["table"]} == {"prose", "code"}
     assert pictures(tmp_path / "out" / "01_data_and_tokens.ipynb") == 3
 

@@ -36,7 +36,7 @@ def prepare_verb(
         source: NAME=CORPUS instead of the preset's sources (once per source); CORPUS is local:prose, local:code,
             files:GLOB or hf:NAME.
         limit_mb: at most this many megabytes of text from each source.
-        tokenizer: train, or a folder or file that holds a tokenizer.
+        tokenizer: train, a folder or file that holds a tokenizer, or a Hub id (owner/name@revision).
         vocab_size: entries of the tokenizer.
         set: override of any key of the configuration, such as data.boundary=bos (once per key).
     """
