@@ -215,6 +215,15 @@ def test_a_save_without_room_names_bytes_needed_and_free_before_it_writes(
     assert list(run.checkpoints_path.iterdir()) == []
 
 
+def test_the_room_asked_for_holds_every_file(run: Run, shards: Any, monkeypatch: pytest.MonkeyPatch):
+    (shards.tokenizer_path / "tokenizer.model").write_bytes(b"x" * 300_000)
+    save(run, shards, 1)
+    size = sum(p.stat().st_size for p in run.checkpoints()[0].rglob("*") if p.is_file())
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    with pytest.raises(CheckpointError, match="make room"):
+        save(run, shards, 2)
+
+
 def test_a_checkpoint_is_never_replaced(run: Run, shards: Any):
     save(run, shards, 1)
     before = (run.checkpoints_path / "step-00000001" / "manifest.json").read_bytes()

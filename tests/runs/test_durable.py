@@ -106,6 +106,13 @@ def test_a_write_without_permission_names_the_path():
     assert str(error) == "cannot write /somewhere/file: Permission denied; check the path and its permissions"
 
 
+def test_a_full_disk_that_a_rust_library_found_is_one_too(tmp_path: Path):
+    """safetensors says: Error while serializing: I/O error: No space left on device (os error 28)."""
+    error = disk_error(tmp_path / "x", OSError(None, "Error while serializing: No space (os error 28)"), 7)
+    assert str(error).startswith(f"cannot write {tmp_path / 'x'}: No space left on device (7 bytes needed, ")
+    assert str(error).endswith("bytes free); make room and repeat the same command")
+
+
 @pytest.mark.parametrize("hit", [1, 3])
 def test_a_failpoint_kills_at_its_hit_and_nowhere_else(tmp_path: Path, hit):
     code = "import sys; from tinylab.runs.durable import failpoint\n"

@@ -36,7 +36,9 @@ FORMAT_VERSION = 1
 """Of `trainer/`; a folder of another version is refused."""
 QUARANTINE = "quarantine"
 _SPARE = 1.05
-"""Room asked for before a save, as a multiple of the tensors' bytes."""
+"""Room asked for before a save, as a multiple of the files' bytes."""
+_SMALL_FILES = 65_536
+"""Bytes of configuration, index and manifest, and of every file's last block."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +65,7 @@ def save_checkpoint(run: Run, snapshot: Snapshot, model: Model, shards: ShardSet
     step = snapshot.record["step"]
     target = run.checkpoints_path / step_name(step)
     needed = sum(t.nbytes for part in (snapshot.weights, snapshot.optimizer, snapshot.rng) for t in part.values())
+    needed += sum(f.stat().st_size for f in shards.tokenizer_path.iterdir()) + _SMALL_FILES
     _require_room(target, int(needed * _SPARE))
     temporary = temporary_folder(target)
     failpoint("save.begun")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -112,8 +113,11 @@ def repair_tail(path: Path) -> None:
 
 def disk_error(path: Path, error: OSError, needed: int | None = None) -> CheckpointError:
     """A CheckpointError that names the path, what went wrong, bytes needed and bytes free."""
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    reason, number = error.strerror or str(error), error.errno
+    if number is None and (found := re.search(r"\(os error (\d+)\)", reason)):  # how libraries in Rust tell it
+        number = int(found[1])
+        reason = os.strerror(number)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         parent = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
         free = shutil.disk_usage(parent).free
         need = f"{needed} bytes needed, " if needed else ""
