@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +162,16 @@ def test_two_conversions_to_one_target_leave_one_whole(source: Path, tmp_path: P
         convert(source, tmp_path / name)
     assert states_equal(load_weights(open_weights(tmp_path / name)), load_folder(source))
     assert leftovers(tmp_path) == []
+
+
+def test_what_a_killed_conversion_left_is_removed(source: Path, tmp_path: Path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left, running = (f".tmp-copy.{socket.gethostname()}.{pid}" for pid in (killed.pid, os.getppid()))
+    for name in (left, running):
+        (tmp_path / name).mkdir()
+    convert(source, tmp_path / "copy")
+    assert leftovers(tmp_path) == [running]
 
 
 def test_a_nearest_match_is_said_with_the_result(source: Path, tmp_path: Path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from tinylab.checkpoint.reference import Reference, resolve_reference
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.model.transformer import Llama
 from tinylab.runs.durable import disk_error, fsync_path
-from tinylab.runs.manifest import commit_folder, temporary_folder
+from tinylab.runs.manifest import TEMPORARY_PREFIX, commit_folder, temporary_folder
 
 Format = Literal["huggingface", "litgpt", "tinyllama"]
 """A Hugging Face folder; litgpt's folder (`lit_model.pth`, `model_config.yaml`); TinyLlama's lone `.pth`."""
@@ -82,8 +84,7 @@ def convert(
     model = load_weights(open_weights(reference.path), dtype=dtype, copy=True)
     expected = sample_logits(model)
     parameters, stored = sum(p.numel() for p in model.parameters()), model.head.weight.dtype
-    # Of this process alone: another one that writes the same target must not find its files.
-    temporary = temporary_folder(target.with_name(f"{target.name}.{os.getpid()}"))
+    temporary = _own_folder(target)
     try:
         written = _write(model, reference.path, temporary, target, kind)
         del model
@@ -103,6 +104,22 @@ def convert(
     name = str(stored).removeprefix("torch.")
     label, notes = str(reference.label), reference.notes
     return Conversion(label, target, kind, parameters, name, difference, scale, seconds, notes)
+
+
+def _own_folder(target: Path) -> Path:
+    """A temporary folder of this process alone, which no other that writes the same target finds.
+
+    Those of processes of this machine that were killed are removed.
+    """
+    mine = f"{target.name}.{socket.gethostname()}."
+    for left in target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(mine)}*"):
+        try:
+            os.kill(int(left.suffix[1:]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # another user's process, or no folder of ours
+    return temporary_folder(target.with_name(f"{mine}{os.getpid()}"))
 
 
 def _format(target: Path, format: Format | None) -> Format:
