@@ -64,6 +64,22 @@ def test_validation_documents_that_are_trained_on_are_named(make_data):
     assert report["repeated_documents"] == {"train": 1, "validation": 0, "validation_in_train": 1}
 
 
+def test_validation_text_inside_longer_training_text_is_measured(make_data, monkeypatch):
+    """A docstring held out of `prose` and trained on inside its function in `code`."""
+    words = np.random.default_rng(0).integers(3, 100, 400).tolist()
+    copied, own = words[:60], words[60:120]
+    train = {"prose": [words[120:200]], "code": [[*words[200:250], *copied, *words[250:300]]], "empty": [[5]]}
+    validation = {"prose": [[*copied, 2], [*own, 2]], "code": [[*words[300:400], 2]], "empty": []}
+    shards = make_data(train, validation, shard_tokens=70)
+    expected = {"prose": 60 / 122, "code": 0.0, "empty": None}
+    for chunk in (1000, 160, 64, 1):
+        monkeypatch.setattr(audit, "_CHUNK", chunk)
+        report = audit_shards(shards)
+        assert report["copied"] == expected and report["problems"] == []
+    short = make_data({"prose": [copied[:49]]}, {"prose": [copied[:49]]}, name="short")
+    assert audit_shards(short)["copied"] == {"prose": 0.0}
+
+
 def test_counts_that_the_files_do_not_bear_out_are_all_listed(make_data):
     path = make_data(CLEAN).path
     manifest = json.loads((path / "manifest.json").read_text())

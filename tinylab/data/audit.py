@@ -12,6 +12,10 @@ from tinylab.data.shards import ShardSet, TokenStream
 
 _CHUNK = 2**22
 """Tokens looked at at once."""
+_STRETCH = 50
+"""Equal tokens in a row that count as copied text (Lee et al. 2022, "Deduplicating training data makes language
+models better", section 4.1)."""
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _EXAMPLES = 5
 """Cases of one kind that are named; the rest is counted."""
 
@@ -23,6 +27,8 @@ def audit_shards(shards: ShardSet, *, max_run: int = 64, seq_len: int | None = N
     counts that differ between manifest, ids, index and documents, ids outside the vocabulary or the recorded range,
     documents of the validation split that are also trained on. With `seq_len`, `windows` and `rest_tokens` too:
     tokens = 1 + windows * seq_len + rest, where the rest (less than one sequence) is never a target.
+    `copied` is no problem but to be known: the share of each source's validation tokens that lie in a stretch of
+    50 tokens which some training source has too, such as the docstring of a function whose source is trained on.
     """
     problems: list[str] = []
     splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
@@ -48,6 +54,7 @@ def audit_shards(shards: ShardSet, *, max_run: int = 64, seq_len: int | None = N
         "path": str(shards.path),
         "fingerprint": shards.fingerprint,
         "splits": splits,
+        "copied": _copied(shards),
         "repeated_documents": {**repeated, "validation_in_train": len(leaked)},
         "problems": problems,
     }
@@ -68,6 +75,37 @@ def find_runs(stream: TokenStream) -> Iterator[tuple[np.ndarray, np.ndarray, np.
         yield starts[:-1], lengths[:-1], values[:-1]
     if length:
         yield np.array([start]), np.array([length]), np.array([held])
+
+
+def _copied(shards: ShardSet) -> dict[str, float | None]:
+    """Share of each source's validation tokens inside a stretch that training has too; None without tokens."""
+    held = {name: shards.stream("validation", name) for name in shards.sources}
+    hashes = {name: _stretches(stream.read(0, stream.n_tokens)) for name, stream in held.items()}
+    known = np.unique(np.concatenate(list(hashes.values())))
+    trained = np.zeros(len(known) + 1, dtype=bool)  # one more: where a hash beyond all known ones would stand
+    for name in shards.sources:
+        stream = shards.stream("train", name)
+        for at in range(0, stream.n_tokens, _CHUNK):
+            found = _stretches(stream.read(at, min(_CHUNK + _STRETCH - 1, stream.n_tokens - at)))
+            trained[np.searchsorted(known, found[np.isin(found, known)])] = True
+    shares: dict[str, float | None] = {}
+    for name, stream in held.items():
+        begins = np.zeros(stream.n_tokens + _STRETCH, dtype=np.int64)
+        starts = np.flatnonzero(trained[np.searchsorted(known, hashes[name])])
+        begins[starts] += 1
+        begins[starts + _STRETCH] -= 1
+        inside = int((np.cumsum(begins)[: stream.n_tokens] > 0).sum())
+        shares[name] = inside / stream.n_tokens if stream.n_tokens else None
+    return shares
+
+
+def _stretches(ids: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of the stretch that begins at each token and is whole: uint64."""
+    count = max(0, len(ids) - _STRETCH + 1)
+    state = np.zeros(count, dtype=np.uint64)
+    for k in range(_STRETCH):
+        state = state * _FACTOR + ids[k : k + count].astype(np.uint64) + np.uint64(1)
+    return state
 
 
 def _audit_stream(
