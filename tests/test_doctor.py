@@ -104,6 +104,16 @@ def test_a_full_disk_is_a_problem_and_names_the_way_out(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("name", "state"), [("a_file/lab", "problem"), ("x" * 300, "ok")], ids=["file", "long"])
+def test_a_home_that_cannot_be_looked_at_does_not_end_the_examination(
+    name: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "a_file").touch()
+    monkeypatch.setenv("TINYLAB_HOME", str(tmp_path / name))
+    assert findings(doctor("cpu"))["disk"]["state"] == state
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_missing_browser_is_only_a_note(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     report = doctor("cpu")

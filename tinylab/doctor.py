@@ -129,9 +129,12 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
-    place = next(p for p in (home(), *home().parents) if p.exists())
+    # os.path.exists is False where Path.exists raises: below a folder that cannot be searched, for an impossible name.
+    place = next(p for p in (home(), *home().parents) if os.path.exists(p))
     free = shutil.disk_usage(place).free / 1e9
-    if not os.access(place, os.W_OK):
+    if not place.is_dir():
+        return Finding("disk", "problem", f"{place} is a file", "set TINYLAB_HOME to a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
         return Finding("disk", "problem", f"{place} cannot be written", "set TINYLAB_HOME to a folder of yours")
     if free < DISK_GB:
         found = f"{free:.1f} GB free in {place}; the demo needs up to {DISK_GB:.0f} GB"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from tinylab.cli.output import Answer, table
 from tinylab.config.io import parse_count
-from tinylab.config.presets import preset as find_preset
 from tinylab.errors import EXIT_FAILED, ConfigError
 
 
@@ -82,17 +80,15 @@ def plan_verb(
 
     if preset is not None and config is not None:
         raise ConfigError("give --preset or --config, not both: each is a whole configuration")
-    run = load_run(config) if config else find_preset(preset or "tinyllama_1b")
-    if micro_batch is not None:
-        run = replace(run, parallel=replace(run.parallel, micro_batch=micro_batch))
     found = plan(
-        run,
+        load_run(config) if config else preset or "tinyllama_1b",
         gpu,
         gpus,
         None if tokens is None else parse_count(tokens, "--tokens"),
         tokens_per_s=tokens_per_s,
         mfu=mfu,
         price_per_gpu_hour=price,
+        micro_batch=micro_batch,
     )
     return Answer(found.to_dict(), found.text())
 
