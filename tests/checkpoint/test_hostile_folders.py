@@ -75,39 +75,63 @@ def swap_shards(folder: Path) -> None:
     b.write_bytes(one if len(one) != len(two) else two[::-1])
 
 
-FOLDERS: dict[str, Callable[[Path], Any]] = {
-    "another architecture": config(model_type="mistral"),
-    "a key nobody knows": config(quantization_config={"bits": 4}),
-    "a billion layers": config(num_hidden_layers=10**9),
-    "a trillion words": config(vocab_size=10**12),
-    "a wrong vocabulary": config(vocab_size=33),
-    "heads of nothing": config(num_attention_heads=0),
-    "text for a number": config(hidden_size="16"),
-    "an unknown rope": config(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-    "a deep configuration": lambda f: (f / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000),
-    "a huge configuration": lambda f: (f / "config.json").write_text(json.dumps({"x": "y" * 2_000_000})),
-    "no configuration": lambda f: (f / "config.json").unlink(),
-    "an index upwards": index("../../../../etc/passwd"),
-    "an absolute index": index("/etc/passwd"),
-    "an index of a missing file": index("model-00009-of-00009.safetensors"),
-    "an index of a pickle": index("evil.bin"),
-    "an index of numbers": lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
-    "a deep index": lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000),
-    "a truncated shard": on_shard(lambda p: p.write_bytes(p.read_bytes()[:-1])),
-    "a longer shard": on_shard(lambda p: p.write_bytes(p.read_bytes() + b"\0")),
-    "an empty shard": on_shard(lambda p: p.write_bytes(b"")),
-    "a header of an exabyte": on_shard(lambda p: p.write_bytes(struct.pack("<Q", 2**60) + b"{}")),
-    "a header of 90 MB": on_shard(lambda p: p.write_bytes(struct.pack("<Q", 90_000_000) + b" " * 90_000_000)),
-    "a deep header": on_shard(lambda p: p.write_bytes(struct.pack("<Q", 50_000) + b"[" * 50_000)),
-    "a shape of a petabyte": on_shard(lambda p: header(p, lambda v: first(v).update(shape=[2**50]))),
-    "a negative shape": on_shard(lambda p: header(p, lambda v: first(v).update(shape=[-1, -32]))),
-    "offsets that overlap": on_shard(lambda p: header(p, lambda v: first(v).update(data_offsets=[0, 4]))),
-    "offsets before the data": on_shard(lambda p: header(p, lambda v: first(v).update(data_offsets=[-8, 2040]))),
-    "an integer tensor": on_shard(lambda p: header(p, lambda v: first(v).update(dtype="I32"))),
-    "a tensor too many": on_shard(lambda p: header(p, lambda v: v.update(evil=dict(first(v))))),
-    "a missing tensor": on_shard(lambda p: header(p, lambda v: v.pop(next(k for k in v if k != "__metadata__")))),
-    "shards swapped": swap_shards,
-    "a configuration of another dtype": on_shard(lambda p: header(p, lambda v: first(v).update(dtype="F64"))),
+FOLDERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "another architecture": ("found 'mistral'", config(model_type="mistral")),
+    "a key nobody knows": ("quantization_config = {'bits': 4} is unknown", config(quantization_config={"bits": 4})),
+    "a billion layers": ("must hold the 1000000000 layers", config(num_hidden_layers=10**9)),
+    "a trillion words": ("misshaped: model.embed_tokens.weight", config(vocab_size=10**12)),
+    "a wrong vocabulary": ("misshaped: model.embed_tokens.weight", config(vocab_size=33)),
+    "heads of nothing": ("model.n_head = 0", config(num_attention_heads=0)),
+    "text for a number": ("found '16'", config(hidden_size="16")),
+    "an unknown rope": ("found 'yarn'", config(rope_scaling={"rope_type": "yarn", "factor": 2.0})),
+    "a deep configuration": ("recursion", lambda f: (f / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)),
+    "a huge configuration": (
+        "at most 1000000 bytes",
+        lambda f: (f / "config.json").write_text(json.dumps({"x": "y" * 2_000_000})),
+    ),
+    "no configuration": ("No such file", lambda f: (f / "config.json").unlink()),
+    "an index upwards": ("found '../../../../etc/passwd'", index("../../../../etc/passwd")),
+    "an absolute index": ("found '/etc/passwd'", index("/etc/passwd")),
+    "an index of a missing file": ("files that are missing", index("model-00009-of-00009.safetensors")),
+    "an index of a pickle": ("found 'evil.bin'", index("evil.bin")),
+    "an index of numbers": (
+        "found 1",
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+    ),
+    "a deep index": ("recursion", lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000)),
+    "a truncated shard": ("bytes long by its own header", on_shard(lambda p: p.write_bytes(p.read_bytes()[:-1]))),
+    "a longer shard": ("bytes long by its own header", on_shard(lambda p: p.write_bytes(p.read_bytes() + b"\0"))),
+    "an empty shard": ("in a file of 0 bytes", on_shard(lambda p: p.write_bytes(b""))),
+    "a header of an exabyte": (
+        "found 1152921504606846976",
+        on_shard(lambda p: p.write_bytes(struct.pack("<Q", 2**60) + b"{}")),
+    ),
+    "a header of 90 MB": (
+        "found 90000000",
+        on_shard(lambda p: p.write_bytes(struct.pack("<Q", 90_000_000) + b" " * 90_000_000)),
+    ),
+    "a deep header": ("recursion", on_shard(lambda p: p.write_bytes(struct.pack("<Q", 50_000) + b"[" * 50_000))),
+    "a shape of a petabyte": ("invalid shape", on_shard(lambda p: header(p, lambda v: first(v).update(shape=[2**50])))),
+    "a negative shape": ("integer `-1`", on_shard(lambda p: header(p, lambda v: first(v).update(shape=[-1, -32])))),
+    "offsets that overlap": (
+        "invalid shape",
+        on_shard(lambda p: header(p, lambda v: first(v).update(data_offsets=[0, 4]))),
+    ),
+    "offsets before the data": (
+        "integer `-8`",
+        on_shard(lambda p: header(p, lambda v: first(v).update(data_offsets=[-8, 2040]))),
+    ),
+    "an integer tensor": ("'I32'", on_shard(lambda p: header(p, lambda v: first(v).update(dtype="I32")))),
+    "a tensor too many": ("invalid offset", on_shard(lambda p: header(p, lambda v: v.update(evil=dict(first(v)))))),
+    "a missing tensor": (
+        "invalid offset",
+        on_shard(lambda p: header(p, lambda v: v.pop(next(k for k in v if k != "__metadata__")))),
+    ),
+    "shards swapped": ("found in two files", swap_shards),
+    "a configuration of another dtype": (
+        "invalid shape",
+        on_shard(lambda p: header(p, lambda v: first(v).update(dtype="F64"))),
+    ),
 }
 
 
@@ -115,13 +139,15 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_hostile_folder_only_raises(folder: Path, kind: str, load: Callable[[Path], Any]):
     assert load(folder)
-    FOLDERS[kind](folder)
+    reason, change = FOLDERS[kind]
+    change(folder)
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match=r"hf|config"):
+    with pytest.raises(CheckpointError, match=r"hf|config") as caught:
         opened = load(folder)
         if load is open_weights:
             for lazy in opened.tensors.values():
                 lazy.load()
+    assert reason in str(caught.value)
     assert time.monotonic() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024  # KiB
 
