@@ -18,7 +18,7 @@ def run_shards(run: Run) -> ShardSet:
     Raises DataError when the run has trained on others: their documents would be named for its samples.
     """
     shards = prepare(run.config.data)
-    trained_on = [line["data_fingerprint"] for line in run.journal() if line["event"] in ("started", "resumed")]
+    trained_on = [line["data_fingerprint"] for line in run.journal() if "data_fingerprint" in line]
     if trained_on and trained_on[-1] != shards.fingerprint:
         raise DataError(
             f"{shards.path} must hold the data that {run.path} was trained on, fingerprint {trained_on[-1]}; found "
