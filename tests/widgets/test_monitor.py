@@ -37,8 +37,11 @@ def test_a_resume_that_cut_lines_is_read_again(tmp_path: Path):
     run.metrics_path.write_text(line(1) + line(2, 4.0))
     assert [(r["step"], r["loss"]) for r in monitor.read()] == [(1, 5.0), (2, 4.0)]
     monitor.read()
-    run.metrics_path.write_text(line(1) + line(2, 3.0) + line(3, 3.5) + line(4, 3.0))
-    assert monitor.read()[-1]["step"] == 4
+    for loss in (3.0, 2.123456):  # lines of the same length; longer ones, so that the offset falls into one
+        run.metrics_path.write_text(line(1) + line(2, loss) + line(3, loss) + line(4, loss))
+        assert [r["loss"] for r in monitor.read()] == [5.0, loss, loss, loss]
+    run.metrics_path.unlink()
+    assert monitor.read() == []
 
 
 def test_the_static_twin_says_what_the_run_says(lab: Path):

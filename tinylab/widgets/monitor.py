@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,9 @@ from tinylab.widgets.html import Html, error_html, figure_html
 REST = 15.0
 """The view rests this many times as long as an update took, so that it costs a trainer beside it little."""
 
+TAIL = 1024
+"""Bytes before the offset, a line or two, that must still be there: a resume cuts lines and writes others."""
+
 
 class Monitor:
     """Table and loss curve of a run, updated in place at most once a second while the `with` block runs.
@@ -29,6 +33,7 @@ class Monitor:
         self.interval_s = max(1.0, interval_s)
         self._records: list[dict[str, Any]] = []
         self._offset = 0
+        self._tail = b""
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -38,12 +43,11 @@ class Monitor:
         """Every metrics line so far; only what is new is read. A resume that cut lines starts over."""
         path = self.run.metrics_path
         with self._lock:
-            if self._offset and (not path.exists() or path.stat().st_size < self._offset):
+            if _before(path, self._offset, len(self._tail)) != self._tail:
                 self._records, self._offset = [], 0
             new, self._offset = read_lines(path, self._offset)
-            if new and self._records and new[0]["step"] <= self._records[-1]["step"]:
-                self._records, (new, self._offset) = [], read_lines(path)
             self._records += new
+            self._tail = _before(path, self._offset, TAIL)
             return list(self._records)
 
     def summary(self) -> dict[str, str]:
@@ -133,6 +137,16 @@ class Monitor:
             start = time.perf_counter()
             self.show()
             rest = max(self.interval_s, REST * (time.perf_counter() - start))
+
+
+def _before(path: Path, offset: int, size: int) -> bytes:
+    """The `size` bytes before `offset`; fewer where the file has no more."""
+    if not path.exists():
+        return b""
+    start = max(0, offset - size)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(offset - start)
 
 
 def _state(status: dict[str, Any], run: Run) -> str:
