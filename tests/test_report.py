@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def test_a_report_has_its_figures_and_numbers_inside_and_loads_nothing(lab: Path
     assert "A &#60;b&#62; &#38; &#36;c&#36;" in html
     measured = [r["validation_loss"] for r in run.metric_records() if r.get("validation_loss") is not None]
     assert f"{measured[0]:.2f} to {measured[-1]:.2f} nats" in html
+    speeds = [r["tokens_per_s"] for r in run.metric_records()[1:]]
+    assert f">{round(statistics.median_high(speeds)):,}</td>" in html
     assert "batch&#95;tokens = 1024" in html and "Prepared data, fingerprint" in html and "committed" in html
 
 

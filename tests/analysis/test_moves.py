@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 
@@ -61,3 +62,16 @@ def test_the_step_that_stands_out_is_found_and_the_fast_fall_is_not(tmp_path: Pa
     table = loss_spikes(run, count=2)
     assert table["step"].iloc[0] == 51 and table["excess"].iloc[0] == pytest.approx(1.5)
     assert len(table) == 2 and not len(loss_spikes(run, window=100))
+
+
+def test_deviations_of_a_jump_equal_scipys_normal_scaled_ones(tmp_path: Path):
+    stats = pytest.importorskip("scipy.stats")
+    run = Run(tmp_path / "r")
+    run.path.mkdir()
+    losses = np.random.default_rng(0).normal(5, 0.1, 40)
+    losses[30] = 7
+    records = [{"step": i + 1, "tokens": i, "loss": loss, "stage": "a"} for i, loss in enumerate(losses)]
+    run.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    before, first = losses[5:30], loss_spikes(run).iloc[0]
+    expected = (7 - np.median(before)) / stats.median_abs_deviation(before, scale="normal")
+    assert first["step"] == 31 and first["deviations"] == pytest.approx(expected, rel=1e-4)

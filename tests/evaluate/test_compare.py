@@ -23,9 +23,9 @@ def _item(number: int, right: bool, strength: float = 1.0) -> dict:
     }  # fmt: skip
 
 
-def _record(store, weights, task, answers, *, profile=PROFILE, source="file:x", first=0):
+def _record(store, weights, task, answers, *, profile=PROFILE, source="file:x", first=0, version="1"):
     items = [_item(first + i, bool(a), 1.0 + i) for i, a in enumerate(answers)]
-    key = Key(weights, "t", json.dumps(profile), task, "1", items_hash(i["doc_hash"] for i in items))
+    key = Key(weights, "t", json.dumps(profile), task, version, items_hash(i["doc_hash"] for i in items))
     header = {
         "label": weights,
         "step": 1,
@@ -80,18 +80,27 @@ def test_other_profiles_and_other_items_are_refused_field_by_field(store):
     b = _record(store, "c", "x", [1, 0, 1], first=1, source="file:y")
     with pytest.raises(EvaluationError, match="items are 2 of file:x and 3 of file:y, 1 in common"):
         compare_records([a], [b])
+    with pytest.raises(EvaluationError, match="task version is 1 and 2"):
+        compare_records([a], [_record(store, "e", "x", [1, 0], version="2")])
     with pytest.raises(EvaluationError, match="no task in common"):
         compare_records([a], [_record(store, "d", "z", [1])])
 
 
 def test_accuracies_and_margins_follow_from_the_kept_numbers():
-    item = {"gold": 1, "loglikelihoods": [-4.0, -6.0, -9.0], "characters": [2, 4, 20], "bytes": [2, 4, 40]}
+    item = {"gold": 1, "loglikelihoods": [-4.0, -6.0, -9.0], "characters": [2, 4, 20], "bytes": [40, 4, 40]}
     item["unconditional"] = [-5.0, -9.0, -9.5]
-    assert predictions(item) == {"acc": 0, "acc_norm": 2, "acc_bytes": 2, "acc_mutual_info": 1}
+    assert predictions(item) == {"acc": 0, "acc_norm": 2, "acc_bytes": 0, "acc_mutual_info": 1}
     assert margin(item) == -2.0 and margin(item, "acc_mutual_info") == 2.0
     assert margin(item, "acc_norm") == pytest.approx(-1.5 + 0.45)
+    assert margin(item, "acc_bytes") == pytest.approx(-1.5 + 0.1)
     tie = {"gold": 1, "loglikelihoods": [-3.0, -3.0], "characters": [1, 1], "bytes": [1, 1]}
     assert predictions(tie)["acc"] == 0, "argmax takes the first, as in lm-eval"
+
+
+def test_the_share_of_yes_ties_and_cut_prompts_are_counted(store):
+    _record(store, "a", "boolq", [1, 0, 0, 0])  # gold is 0, "no"
+    (row,) = Scores(store).rows()
+    assert (row["yes_share"], row["k"], row["n"], row["ties"], row["truncated"]) == (0.75, 1, 4, 0, 0)
 
 
 def test_a_damaged_record_is_named_with_its_line(store):
