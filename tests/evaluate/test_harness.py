@@ -228,7 +228,7 @@ def test_what_is_missing_is_named(lab, tmp_path, shared):
         evaluate(lab.checkpoints[0], limit=0)
     with pytest.raises(ConfigError, match="profile must be one of tinyllama-2023, current; found 'tinyllama'"):
         evaluate(lab.checkpoints[0], profile="tinyllama")
-    with pytest.raises(ConfigError, match="each REF must be a run; found small@4: leave out the @ part"):
+    with pytest.raises(ConfigError, match="each REF must be a run; found small@4: leave out @"):
         evaluate("small@4", all_checkpoints=True)
     folder = tmp_path / "copy"
     shutil.copytree(lab.checkpoints[0], folder)
