@@ -99,7 +99,8 @@ def disturb(trainer: Any, run: Run, config: RunConfig, seed: int, full_s: float)
     """Kill the run at random moments until it ends; returns the number of kills."""
     generator = random.Random(seed)
     for kills in range(100):
-        ended = trainer.go(run.path, config, kill=(signal.SIGKILL, generator.uniform(0, full_s)))
+        longest = full_s * (1 + kills / 10)  # on a machine that became busy, a start alone may take what a run took
+        ended = trainer.go(run.path, config, kill=(signal.SIGKILL, generator.uniform(0, longest)))
         if ended.code == 0:
             return kills
         assert ended.code == -signal.SIGKILL, f"seed {seed}: {ended}"
