@@ -48,9 +48,7 @@ def official() -> ModuleType:
     """litgpt itself, or a skip that says how to get it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip(
-            "litgpt", reason="litgpt is not installed (pip install --no-deps litgpt lightning …)"
-        )
+        return pytest.importorskip("litgpt", reason="litgpt is not installed; docs/parity.md has the command")
 
 
 def test_interleaved_rows_are_grouped_by_key_head():
