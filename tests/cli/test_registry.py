@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tinylab.checkpoint import hub
 from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.cli import main
 from tinylab.config.schema import Model
@@ -89,6 +90,14 @@ def test_an_empty_cache_is_nothing_found(cache: Path, capsys: pytest.CaptureFixt
     code, _, err = answer(capsys, "tinyllama-1.1b@1T", "--fetch")
     assert code == 3
     assert "PY007/TinyLlama-1.1B-intermediate-step-480k-1T" in err
+
+
+def test_fetching_the_nearest_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(hub, "fetch", lambda *_: tmp_path)
+    assert main(["checkpoints", "tinyllama-1.1b@1.3T", "--fetch"]) == 0
+    assert "note: tinyllama-1.1b@1.3T: the nearest checkpoint is tinyllama-1.1b@715000" in capsys.readouterr().out
 
 
 def test_what_is_only_the_nearest_is_not_removed(cache: Path, capsys: pytest.CaptureFixture[str]):

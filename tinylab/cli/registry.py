@@ -126,8 +126,10 @@ def _fetch(refs: tuple[str, ...]) -> Answer:
     """Bring REFs into the cache."""
     from tinylab.checkpoint.reference import resolve_reference
 
-    rows = [{"ref": ref, "path": str(resolve_reference(ref).path)} for ref in refs]
-    return Answer(rows, table(rows))
+    found = [resolve_reference(ref) for ref in refs]
+    rows = [{"ref": r, "path": str(f.path), "notes": list(f.notes)} for r, f in zip(refs, found, strict=True)]
+    notes = [f"note: {note}" for reference in found for note in reference.notes]
+    return Answer(rows, "\n".join([table(rows, ["ref", "path"]), *notes]))
 
 
 def _cached() -> Answer:
