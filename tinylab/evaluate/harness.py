@@ -73,9 +73,7 @@ def _references(ref: Ref | Sequence[Ref], all_checkpoints: bool) -> list[Referen
         return [resolve_reference(r) for r in refs]
     runs = [Run(str(r)) for r in refs]
     if parts := [str(r) for r, run in zip(refs, runs, strict=True) if "@" in str(r) and not run.exists()]:
-        raise ConfigError(
-            f"with all checkpoints each REF must be a run; found {', '.join(parts)}: leave out @…"
-        )
+        raise ConfigError(f"with all checkpoints each REF must be a run; found {', '.join(parts)}: leave out @…")
     return [resolve_reference(c.path) for run in runs for c in run_references(run)]
 
 
