@@ -58,6 +58,7 @@ def test_the_whole_path_once_and_nothing_twice(
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert second["results"] == first["results"]
     assert "0 executed, 1 unchanged" in second["parts"][3]["what"]
+    assert "1 executed, 0 unchanged" in demo(again=True)["parts"][3]["what"]
 
 
 def test_a_folder_with_another_run_is_refused(small: RunConfig, private_home: Path):

@@ -114,6 +114,29 @@ def test_a_home_that_cannot_be_looked_at_does_not_end_the_examination(
 
 
 @pytest.mark.usefixtures("quick")
+def test_too_little_memory_is_a_problem_and_names_the_way_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(examined, "MEMORY_GB", 1e6)
+    found = findings(doctor("cpu"))["memory"]
+    assert found["state"] == "problem"
+    assert "--set parallel.micro_batch=" in found["remedy"]
+
+
+def test_a_fresh_model_with_a_wrong_loss_is_a_problem(monkeypatch: pytest.MonkeyPatch):
+    from torch import nn
+
+    from tinylab.model.transformer import Llama
+
+    def too_large(model: Llama, seed: int) -> None:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+
+    monkeypatch.setattr(Llama, "init_weights", too_large)
+    (found,) = examined._forward_backward("cpu")
+    assert found.state == "problem"
+    assert "tinylab doctor --json" in found.remedy
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_missing_browser_is_only_a_note(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     report = doctor("cpu")
