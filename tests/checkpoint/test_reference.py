@@ -70,9 +70,7 @@ def test_a_plain_integer_is_a_step_and_a_suffix_means_tokens(run):
     assert not resolve_reference("small@0.32K").notes
     with pytest.raises(NothingFoundError, match="small has no checkpoint at step 11; it has steps 2, 10, 12"):
         resolve_reference("small@11")
-    with pytest.raises(
-        ConfigError, match=r"small@lots names no stage \(basic, cooldown\); else it must be"
-    ):
+    with pytest.raises(ConfigError, match=r"small@lots names no stage \(basic, cooldown\); else it must be"):
         resolve_reference("small@lots")
 
 

@@ -67,7 +67,6 @@ BAD_INPUT = [
     (["batch", "r", "--step", "1"], 3, "must hold a run (config.toml); found none"),
     (["runs"], 3, "found none. Start one: tinylab train mine"),
     (["checkpoints", "r"], 3, "must hold a run"),
-    (["checkpoints"], 3, "found none. Train first"),
     (["verify", "r"], 3, "must be a checkpoint, a run or a data folder"),
     (["report"], 2, "report needs RUN… OUT"),
     (["report", "r", "x.pdf"], 2, "OUT ending in .html"),

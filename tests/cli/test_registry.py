@@ -11,8 +11,11 @@ import pytest
 from tinylab.checkpoint import hub
 from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.cli import main
+from tinylab.config.presets import tiny
 from tinylab.config.schema import Model
 from tinylab.model.transformer import Llama
+from tinylab.runs.folder import Run, step_name
+from tinylab.runs.manifest import MANIFEST
 
 CONFIG = Model(vocab_size=64, n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=24, seq_len=16)
 
@@ -34,6 +37,28 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, ob
     code = main(["checkpoints", *arguments, "--json"])
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else None, " ".join(err.split())
+
+
+def test_the_registry_lists_own_checkpoints_and_published_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("TINYLAB_HOME", str(tmp_path))
+    code, published, _ = answer(capsys, "--published")
+    assert code == 0 and isinstance(published, list)
+    assert answer(capsys)[:2] == (0, published)
+    run = Run("mine")
+    run.path.mkdir(parents=True)
+    run.create(tiny(), {})
+    checkpoint = run.checkpoints_path / step_name(7)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / MANIFEST).touch()
+    code, rows, _ = answer(capsys)
+    assert code == 0 and isinstance(rows, list)
+    assert [row["ref"] for row in rows] == ["mine@7", *(row["ref"] for row in published)]
+    assert main(["checkpoints"]) == 0
+    text = capsys.readouterr().out
+    assert "mine@7" in text and "tinyllama-1.1b@1430512" in text
+    assert "pythia-1b@0 … pythia-1b@143000, 154 checkpoints" in text
 
 
 def test_published_milestones_carry_their_own_mean_score_only(capsys: pytest.CaptureFixture[str]):

@@ -163,7 +163,7 @@ def remove(repository: str, revision: str | None = None, *, cache: Path | None =
     ]
     if not commits:
         what = repository if revision is None else f"{repository}@{revision}"
-        raise NothingFoundError(f"{what} must be in the cache to be removed; `tinylab checkpoints` lists what is")
+        raise NothingFoundError(f"{what} must be in the cache to be removed; see tinylab checkpoints --cached")
     plan = scan_cache_dir(cache or _default_cache()).delete_revisions(*commits)
     plan.execute()
     return plan.expected_freed_size

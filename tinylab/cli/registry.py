@@ -26,11 +26,11 @@ def checkpoints_verb(
     cached: bool = False,
     remove: bool = False,
 ) -> Answer:
-    """List the checkpoints of runs: step, tokens, stage, size, and whether the optimizer state is there.
+    """The registry: own checkpoints (step, tokens, stage, size, optimizer state or not) and published milestones.
 
     Args:
-        refs: run folders, or names below runs/; default: all of them. The options below say what else they may be.
-        published: list the published milestones instead: TinyLlama's and Pythia's, with their mean score.
+        refs: list only these runs: folders, or names below runs/. The options below say what else they may be.
+        published: list only the published milestones: TinyLlama's, and every one of Pythia's.
         audit: read every tensor of a run, or of two REFs and more: is this series what it claims to be? Exit code 1
             if it is not.
         figure: with --audit, a PNG of the distances between all checkpoints.
@@ -44,40 +44,61 @@ def checkpoints_verb(
         raise ConfigError("give one of --published, --audit, --fetch, --cached, --remove")
     if (audit or fetch or remove) and not refs:
         raise ConfigError(f"{'--audit' if audit else '--fetch and --remove'} needs REFs; found none")
-    if published:
-        return _published()
     if audit:
         return _audit(refs, figure)
     if fetch:
         return _fetch(refs)
     if remove:
         return _remove(refs)
-    return _cached() if cached else _own(refs)
+    if cached:
+        return _cached()
+    if published:
+        rows = _published()
+        return Answer(rows, _published_table(rows))
+    return _own(refs) if refs else _registry()
 
 
 def _own(refs: tuple[str, ...]) -> Answer:
-    """The checkpoints of runs."""
-    chosen = [Run(r).require() for r in refs] if refs else list_runs()
-    rows = [checkpoint_row(run, path) for run in chosen for path in run.checkpoints()]
+    """The checkpoints of some runs."""
+    rows = _rows([Run(r).require() for r in refs])
     if not rows:
-        where = ", ".join(str(r.path) for r in chosen) or "runs/"
         raise NothingFoundError(
-            f"{where} must hold committed checkpoints; found none. Train first: tinylab train RUN; "
-            "for published milestones: tinylab checkpoints --published"
+            f"{', '.join(refs)} must hold committed checkpoints; found none. Train first: tinylab train RUN"
         )
-    shown = [{**r, "size": byte_count(r["bytes"]), "ref": f"{r['run']}@{r['step']}"} for r in rows]
-    lines = table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"])
-    return Answer(rows, lines if refs else f"{lines}\nPublished milestones: tinylab checkpoints --published")
+    return Answer(rows, _own_table(rows))
+
+
+def _registry() -> Answer:
+    """Everything that a REF can name: checkpoints of all own runs, and published milestones.
+
+    As text one line stands for Pythia's.
+    """
+    own, published = _rows(list_runs()), _published()
+    shown = [r for r in published if r["series"] != "pythia-1b"]
+    steps = [r["ref"] for r in published if r["series"] == "pythia-1b"]
+    mine = _own_table(own) if own else "no own checkpoint yet: tinylab train mine"
+    more = f"{steps[0]} … {steps[-1]}, {len(steps)} checkpoints: tinylab checkpoints --published"
+    return Answer([*own, *published], f"{mine}\n\n{_published_table(shown)}\n{more}")
+
+
+def _rows(runs: list[Run]) -> list[dict[str, Any]]:
+    return [checkpoint_row(run, path) for run in runs for path in run.checkpoints()]
+
+
+def _own_table(rows: list[dict[str, Any]]) -> str:
+    shown = [{**r, "size": byte_count(r["bytes"])} for r in rows]
+    return table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"])
 
 
 def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
-    """What a checkpoint's own files say: run, step, tokens, stage, bytes of the folder, optimizer state or not."""
+    """What a checkpoint's own files say: ref, run, step, tokens, stage, bytes of the folder, optimizer state or not."""
     trainer = path / "trainer"
     try:
         record = json.loads((trainer / "trainer.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}
     return {
+        "ref": f"{run.name}@{step_of(path.name)}",
         "run": run.name,
         "step": step_of(path.name),
         "tokens": record.get("tokens"),
@@ -88,7 +109,7 @@ def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
     }
 
 
-def _published() -> Answer:
+def _published() -> list[dict[str, Any]]:
     """The published milestones with the REF that names each, and the mean score that its authors printed."""
     from tinylab.checkpoint.registry import PUBLISHED
     from tinylab.evaluate.published import published
@@ -100,9 +121,12 @@ def _published() -> Answer:
         known = m.repository in means.index and (m.step is None or means.loc[m.repository, "step"] == m.step)
         mean = means.loc[m.repository, "printed"] if known else None
         rows.append({"ref": m.name, **dataclasses.asdict(m), "mean_score": mean})
+    return rows
+
+
+def _published_table(rows: list[dict[str, Any]]) -> str:
     shown = [{**r, "as named": ", ".join(r["printed"]), "hub": f"{r['repository']}@{r['revision']}"} for r in rows]
-    columns = ["ref", "step", "tokens", "as named", "stage", "mean_score", "architecture", "hub"]
-    return Answer(rows, table(shown, columns))
+    return table(shown, ["ref", "step", "tokens", "as named", "stage", "mean_score", "architecture", "hub"])
 
 
 def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
