@@ -94,3 +94,10 @@ def test_unknown_name_is_an_attribute_error():
 @pytest.mark.parametrize("first", ["tinylab.evaluate.store", "tinylab.train.loop", "tinylab"])
 def test_evaluate_and_train_can_be_called_whatever_was_imported_before(first: str):
     assert fresh(f"import {first}, tinylab; print(callable(tinylab.evaluate), callable(tinylab.train))") == "True True"
+
+
+def test_evaluate_and_train_show_their_parameters():
+    """As Shift+Tab in a notebook asks for them."""
+    code = "from inspect import signature as s; import tinylab; print(list(s(tinylab.{}).parameters)[:2])"
+    assert fresh(code.format("evaluate")) == "['ref', 'tasks']"
+    assert fresh(code.format("train")) == "['config', 'run']"

@@ -63,6 +63,7 @@ BAD_INPUT = [
         "must be a multiple of model.seq_len (256); nearest valid: 768 or 1024",
     ),
     (["train", "r", "--set", "model.vocab_size=5000"], 2, "model.vocab_size (5000) must equal data.vocab_size (4096)"),
+    (["train", "r@1"], 2, "the name of a run must hold no @, which parts it from a step; found 'r@1'"),
     (["train", "r", "--set", "model.n_head=7"], 2, "nearest valid: 8"),
     (["batch", "r", "--step", "1"], 3, "must hold a run (config.toml); found none"),
     (["runs"], 3, "found none. Start one: tinylab train mine"),
@@ -203,7 +204,8 @@ def test_a_reader_that_leaves_does_not_change_the_exit_code():
 
 def test_interrupt_ends_with_130_and_one_line():
     code = (
-        "import sys, time, tinylab.cli.command as c\n"
+        "import signal, sys, time, tinylab.cli.command as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a shell starts with &
         "def wait(): print('ready', flush=True); time.sleep(60)\n"
         "c._verb_function = lambda verb: wait\n"
         "sys.exit(c.main(['runs']))"

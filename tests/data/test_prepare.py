@@ -372,11 +372,13 @@ def test_a_fast_engine_that_is_wrong_on_a_document_of_the_corpus_encodes_nothing
 
 
 def test_a_tokenizer_of_another_size_is_refused_with_both_sizes(data, tokenizer_folder):
+    said: list[str] = []
     wrong = replace(data, tokenizer=str(tokenizer_folder), vocab_size=600)
     with pytest.raises(DataError, match=rf"data\.vocab_size \(600\) must equal .*{VOCAB}; set .* to {VOCAB}"):
-        prepare(wrong, progress=quiet)
+        prepare(wrong, progress=said.append)
     with pytest.raises(DataError, match=r"found nothing at nowhere"):
-        prepare(replace(data, tokenizer="nowhere"), progress=quiet)
+        prepare(replace(data, tokenizer="nowhere"), progress=said.append)
+    assert said == [], "the corpus, which may take hours, is not read first"
 
 
 def test_a_boundary_that_the_tokenizer_lacks_is_refused(data, tmp_path):

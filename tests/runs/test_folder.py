@@ -76,6 +76,14 @@ def test_an_empty_name_is_no_run(private_home: Path, name):
         Run(name)
 
 
+def test_the_home_of_nobody_is_no_place(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="~nobody-of-this-name/x must name a folder; .*Give a path without ~"):
+        Run("~nobody-of-this-name/x")
+    monkeypatch.setenv("TINYLAB_HOME", "~nobody-of-this-name")
+    with pytest.raises(ConfigError, match="~nobody-of-this-name must name a folder"):
+        home()
+
+
 def test_runs_are_listed_by_name(private_home: Path):
     assert list_runs() == []
     for name in ("b", "a"):

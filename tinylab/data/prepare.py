@@ -183,8 +183,10 @@ def _fill(folder: Path, data: Data, say: Say) -> dict[str, Any]:
     """Write shards and tokenizer of `data` below `folder`; gives the manifest."""
     started = time.monotonic()
     listings = _listings(data)
+    given = None if data.tokenizer == "train" else _given_tokenizer(data)  # before the corpus, which may take hours
     spools = _read_sources(folder / "spool", data, say)
-    tokenizer = _tokenizer(data, spools, say)
+    tokenizer = given or _train_tokenizer(data, spools)
+    _check_tokenizer(tokenizer, data, spools, say)
     boundary = _boundary(tokenizer, data)
     _check_disk(folder, spools, tokenizer, say)
     tokenizer.save(folder / "tokenizer")
@@ -263,25 +265,30 @@ def _read_source(spool: Spool, source: Source, seen: set[bytes]) -> Spool:
     return spool
 
 
-def _tokenizer(data: Data, spools: list[Spool], say: Say) -> Tokenizer:
-    """The tokenizer of the data section, compared with its reference on the first documents."""
-    if data.tokenizer == "train":
-        chosen = sample(spools, TOKENIZER_SAMPLE_BYTES)
-        texts = (text for spool, entries in chosen for text in spool.texts(entries))
-        tokenizer = train_tokenizer(texts, data.vocab_size)
-    else:
-        tokenizer = fetch_tokenizer(data.tokenizer)
-        if tokenizer.vocab_size != data.vocab_size:
-            raise DataError(
-                f"data.vocab_size ({data.vocab_size}) must equal the entries of data.tokenizer ({data.tokenizer}): "
-                f"{tokenizer.vocab_size}; set data.vocab_size and model.vocab_size to {tokenizer.vocab_size}"
-            )
+def _given_tokenizer(data: Data) -> Tokenizer:
+    """The tokenizer that data.tokenizer names. Raises DataError unless it has data.vocab_size entries."""
+    tokenizer = fetch_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size != data.vocab_size:
+        raise DataError(
+            f"data.vocab_size ({data.vocab_size}) must equal the entries of data.tokenizer ({data.tokenizer}): "
+            f"{tokenizer.vocab_size}; set data.vocab_size and model.vocab_size to {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _train_tokenizer(data: Data, spools: list[Spool]) -> Tokenizer:
+    """A tokenizer of data.vocab_size entries from a sample of the sources."""
+    chosen = sample(spools, TOKENIZER_SAMPLE_BYTES)
+    return train_tokenizer((text for spool, entries in chosen for text in spool.texts(entries)), data.vocab_size)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, data: Data, spools: list[Spool], say: Say) -> None:
+    """Compare a tokenizer with its reference on the first documents, and say what it is."""
     tokenizer.check([text for spool in spools for text in spool.texts(spool.train[:CHECKED_DOCUMENTS])])
     failpoint("prepare.tokenizer")
     say(f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} entries, encoded by {tokenizer.backend}")
     for note in tokenizer.notes:
         say(f"tokenizer: {note}")
-    return tokenizer
 
 
 def _boundary(tokenizer: Tokenizer, data: Data) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 
 class _Callable(ModuleType):
     """A package that bears the name of its main function."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What Shift+Tab and help show: the parameters of that function."""
+        from tinylab.evaluate.harness import evaluate
+
+        return inspect.signature(evaluate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from tinylab.evaluate.harness import evaluate

@@ -27,7 +27,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 def home() -> Path:
     """The folder that holds `data/` and `runs/`: TINYLAB_HOME, or the current folder."""
-    return Path(os.environ.get("TINYLAB_HOME") or ".").expanduser().absolute()
+    return _expanded(os.environ.get("TINYLAB_HOME") or ".")
 
 
 def resolve_run(name: str | Path) -> Path:
@@ -36,7 +36,15 @@ def resolve_run(name: str | Path) -> Path:
     if not text.strip():
         raise ConfigError(f"a run must have a name or a path; found {text!r}. Give one, such as mine")
     is_path = os.sep in text or text.startswith(("~", ".")) or (Path(text) / "config.toml").exists()
-    return Path(text).expanduser().absolute() if is_path else home() / "runs" / text
+    return _expanded(text) if is_path else home() / "runs" / text
+
+
+def _expanded(text: str) -> Path:
+    """An absolute path, ~ and ~user written out. Raises ConfigError for a user who has no home folder."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{text} must name a folder; {error}. Give a path without ~") from error
 
 
 def step_name(step: int) -> str:

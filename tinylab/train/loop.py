@@ -56,7 +56,7 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
                 if context.is_main:
                     print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)
                 return run
-            shards = prepare(config.data)
+            shards = prepare(config.data, progress=None if progress else lambda line: None)
             require_fitting_data(config, shards, checkpoint)
             state, record = build_state(config, context, checkpoint)
             begin_lineage(run, config, shards, context, record)

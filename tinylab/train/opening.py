@@ -32,10 +32,15 @@ and the place of the data, which their fingerprint in the checkpoint holds to be
 
 @contextmanager
 def one_trainer(run: Run, context: Context) -> Iterator[None]:
-    """Hold the run folder on rank 0, made if missing. Raises CheckpointError when another process trains in it."""
+    """Hold the run folder on rank 0, made if missing.
+
+    Raises CheckpointError when another process trains in it, ConfigError for a new run whose name would be another REF.
+    """
     if not context.is_main:
         yield
         return
+    if "@" in run.name and not run.exists():
+        raise ConfigError(f"the name of a run must hold no @, which parts it from a step; found {run.name!r}")
     try:
         run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
