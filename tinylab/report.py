@@ -163,8 +163,7 @@ def _comparison(run: Run) -> str:
 
 def _data(run: Run, pandas: Any) -> str:
     """Mixture over the run, and what the prepared data hold according to their manifest."""
-    from tinylab.data.prepare import data_path
-    from tinylab.data.shards import open_shards
+    from tinylab.data.trace import stored_shards
 
     config = run.config
     parts = [
@@ -176,7 +175,7 @@ def _data(run: Run, pandas: Any) -> str:
     )
     parts.append(table_html(sources, "Sources"))
     try:
-        manifest = open_shards(data_path(config.data), verify=False).manifest
+        manifest = stored_shards(run).manifest
     except TinylabError as error:
         return "".join([*parts, f'<p class="note">{escape(error)}</p>'])
     rows = [

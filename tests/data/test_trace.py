@@ -10,7 +10,7 @@ import torch
 
 from tinylab.config.schema import Data, Model, RunConfig, Schedule, Source, Stage
 from tinylab.data.loader import Loader
-from tinylab.data.trace import run_shards, trace_batch
+from tinylab.data.trace import run_shards, stored_shards, trace_batch
 from tinylab.errors import ConfigError, DataError
 from tinylab.runs.folder import Run
 
@@ -75,11 +75,14 @@ def test_a_step_outside_the_run_is_refused(shards):
 
 def test_a_run_trained_on_other_data_than_are_there_now_is_not_explained_by_them(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("tinylab.data.trace.prepare", lambda data: shards)
+    monkeypatch.setattr("tinylab.data.trace.data_path", lambda data: shards.path)
     run = Run(tmp_path / "run")
     run.create(CONFIG, {})
     assert run_shards(run) is shards  # before the run has begun
     run.write_journal("started", data_fingerprint=shards.fingerprint)
     assert run_shards(run) is shards
+    assert stored_shards(run).path == shards.path
     run.write_journal("resumed", data_fingerprint="0" * 64)
-    with pytest.raises(DataError, match=rf"trained on, fingerprint 0000.*; found {shards.fingerprint}: .*Restore"):
-        run_shards(run)
+    for opened in (run_shards, stored_shards):
+        with pytest.raises(DataError, match=rf"trained on, fingerprint 0000.*; found {shards.fingerprint}: .*Restore"):
+            opened(run)

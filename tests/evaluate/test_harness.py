@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from tinylab.checkpoint.reference import load_model, load_tokenizer
-from tinylab.errors import ConfigError, EvaluationError, NothingFoundError
+from tinylab.errors import ConfigError, DataError, EvaluationError, NothingFoundError
 from tinylab.evaluate import harness
+from tinylab.evaluate.compare import compare
 from tinylab.evaluate.harness import evaluate
 from tinylab.evaluate.lm import TinylabLM
 from tinylab.evaluate.probes import build_probe
 from tinylab.evaluate.scoring import run_task
 from tinylab.evaluate.store import Scores, score_item
 from tinylab.evaluate.tasks import BENCHMARK_FILES, benchmark, probe
+from tinylab.runs.folder import Run
 
 pytest.importorskip("lm_eval")
 
@@ -241,3 +243,14 @@ def test_what_is_missing_is_named(lab, tmp_path, shared):
         evaluate(folder, tasks="boolq", data_dir=tmp_path)
     with pytest.raises(NothingFoundError, match=r"must hold results; found none. Fill it: tinylab evaluate"):
         Scores(tmp_path / "nowhere").table()
+
+
+def test_probes_of_other_data_than_a_run_was_trained_on_are_refused(lab, tmp_path):
+    """What those hold out, the run may have trained on."""
+    shutil.copytree(lab.run.path, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    run.write_journal("resumed", data_fingerprint="0" * 64)
+    with pytest.raises(DataError, match=r"must hold the data that .* was trained on, fingerprint 0000"):
+        evaluate(run.path, tasks="continuation", store=tmp_path / "store")
+    with pytest.raises(DataError, match=r"must hold the data that .* was trained on"):
+        compare(run.path, lab.checkpoints[0], tasks="continuation", store=tmp_path / "store")

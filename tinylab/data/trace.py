@@ -6,8 +6,8 @@ from typing import Any
 
 from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder
-from tinylab.data.prepare import prepare
-from tinylab.data.shards import ShardSet
+from tinylab.data.prepare import data_path, prepare
+from tinylab.data.shards import ShardSet, open_shards
 from tinylab.errors import DataError
 from tinylab.runs.folder import Run
 
@@ -17,7 +17,18 @@ def run_shards(run: Run) -> ShardSet:
 
     Raises DataError when the run has trained on others: their documents would be named for its samples.
     """
-    shards = prepare(run.config.data)
+    return _trained_on(run, prepare(run.config.data))
+
+
+def stored_shards(run: Run) -> ShardSet:
+    """The data of a run as they lie there, their files not yet compared with the manifest.
+
+    Raises DataError when there are none, and as `run_shards` does: what others hold out, this run may have trained on.
+    """
+    return _trained_on(run, open_shards(data_path(run.config.data), verify=False))
+
+
+def _trained_on(run: Run, shards: ShardSet) -> ShardSet:
     trained_on = [line["data_fingerprint"] for line in run.journal() if "data_fingerprint" in line]
     if trained_on and trained_on[-1] != shards.fingerprint:
         raise DataError(

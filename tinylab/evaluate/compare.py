@@ -41,17 +41,17 @@ def compare(
     """
     first, second = resolve_reference(a), resolve_reference(b)
     stores = [open_store(store) if store is not None else ResultStore(default_store(r.run)) for r in (first, second)]
-    if data is None and (run := first.run or second.run) is not None:
-        from tinylab.data.prepare import data_path
-        from tinylab.runs.folder import Run
-
-        data = data_path(Run(run).config.data)
     held = [_held(r, s, profile) for r, s in zip((first, second), stores, strict=True)]
     theirs = {r.key.task for r in held[1]}
     common = [task for task in dict.fromkeys(r.key.task for r in held[0]) if task in theirs]
     if tasks is None and (limit is not None or not common):
         tasks = common or ("probes",)
     if tasks is not None and evaluate_missing:
+        if data is None and (run := first.run or second.run) is not None and set(expand(tasks)) & set(PROBES):
+            from tinylab.data.trace import stored_shards
+            from tinylab.runs.folder import Run
+
+            data = stored_shards(Run(run)).path
         held = [
             evaluate(
                 r,

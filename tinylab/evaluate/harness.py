@@ -86,9 +86,9 @@ def _data_of(reference: Reference, data: str | Path | None) -> Path:
             f"the probes are made from held-out documents; {reference.label} is no checkpoint of a run, so name the "
             "prepared data: --data DATA (data= in Python)"
         )
-    from tinylab.data.prepare import data_path
+    from tinylab.data.trace import stored_shards
 
-    return data_path(Run(reference.run).config.data)
+    return stored_shards(Run(reference.run)).path
 
 
 def _tasks(
