@@ -173,6 +173,12 @@ def test_the_majority_answer_of_boolq_is_drawn():
     assert levels == {62.17}
 
 
+def test_what_a_rule_without_a_model_gets_is_drawn_beside_chance():
+    ax = plots.score_trajectories(scores().assign(baseline=0.65)).axes[0]
+    levels = {line.get_linestyle(): float(line.get_ydata()[0]) for line in ax.lines if len(line.get_xdata()) == 2}
+    assert levels == {":": 25.0, "-.": 65.0}
+
+
 def test_overlaid_runs_differ_without_colour():
     runs = [(f"r{i}", metrics(offset=i)) for i in range(5)]
     for figure, bold in ((plots.loss_curves(runs), 2.0), (plots.gradient_norm(runs), 1.8)):

@@ -143,7 +143,7 @@ def _report(run: Run) -> str:
 
 
 def _results(run: Run) -> dict[str, Any]:
-    """Validation loss and every probe at the first and the last checkpoint, with 95% intervals and chance."""
+    """Validation loss and every probe at the first and the last checkpoint, with 95% intervals, chance and baseline."""
     from tinylab.evaluate.store import Scores
 
     losses = _validation_losses(run)
@@ -151,7 +151,7 @@ def _results(run: Run) -> dict[str, Any]:
     probes = {}
     for task in sorted({r["task"] for r in rows}):
         of_task = sorted((r for r in rows if r["task"] == task), key=lambda r: r["step"])
-        keep = ("step", "metric", "value", "low", "high", "n", "chance")
+        keep = ("step", "metric", "value", "low", "high", "n", "chance", "baseline")
         probes[task] = {"first": {k: of_task[0][k] for k in keep}, "last": {k: of_task[-1][k] for k in keep}}
     return {"validation_loss": {"first": losses[0], "last": losses[-1]}, "probes": probes}
 

@@ -134,7 +134,7 @@ def _scores(run: Run) -> str:
         return f'<h3>{escape(run.name)}</h3><p class="note">{escape(error)}</p>'
     figure = plots.score_trajectories(table, published())
     caption = f"Scores of {run.name} (top) and published scores of TinyLlama and Pythia-1.0B (below), over tokens."
-    shown: Any = table[["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance"]]
+    shown: Any = table[["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance", "baseline"]]
     return f"<h3>{escape(run.name)}</h3>" + _figure(figure, caption) + table_html(shown, "Every measurement", digits=3)
 
 

@@ -21,7 +21,19 @@ from tinylab.evaluate.probes import (
     build_probe,
     build_probes,
     documents,
+    word_overlap,
 )
+
+
+def test_word_overlap_is_the_share_of_items_that_shared_words_decide():
+    context = "The cat sat, the cat ran."
+    items = [
+        {"context": context, "choices": ["A cat ran", "cat cat cat", "dogs", ""], "gold": 0},  # two words against one
+        {"context": context, "choices": ["A cat ran", "the CAT", "dogs", ""], "gold": 1},  # two and two: half
+        {"context": context, "choices": ["A cat", "a dog", "dogs", ""], "gold": 2},
+        {"context": context, "choices": ["a", "b", "c", "d"], "gold": 3},  # none each: a quarter
+    ]
+    assert word_overlap(items) == (1 + 0.5 + 0 + 0.25) / 4
 
 
 def test_the_right_answer_really_stands_in_the_held_out_document(lab):

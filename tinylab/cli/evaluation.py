@@ -68,11 +68,11 @@ def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """The columns that fit a terminal; `--json` has all of them."""
-    return table(rows, ["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance"])
+    return table(rows, ["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance", "baseline"])
 
 
 def scores_verb(store: Annotated[str, arg(metavar="STORE")], /, metric: str | None = None) -> Answer:
-    """Scores of a store with 95% intervals, and the chance level.
+    """Scores of a store with 95% intervals, chance, and the baseline of a rule that needs no model.
 
     Args:
         store: folder of results, or a run (its own evaluations/).

@@ -40,6 +40,7 @@ WINDOWS_PER_DOCUMENT = 32
 NEAR_IN_LENGTH = 12
 """A wrong docstring is drawn among this many nearest in length."""
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_WORD = re.compile(r"\w+")
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
 _LINE_END = re.compile(r"(?<=\S)\n(?=[^\S\n]*\S)")
 """Between two lines that are not blank: an indent belongs to the line it begins."""
@@ -95,6 +96,19 @@ def build_probe(shards: ShardSet, task: str, n_items: int = N_ITEMS, seed: int =
         )
     _keep(folder, path, task, items)
     return items
+
+
+def word_overlap(items: list[dict[str, Any]]) -> float:
+    """Accuracy of choosing, without a model, the choice that shares most different words with the context.
+
+    Choices that share equally many count in parts. A model that does no better has learned nothing but topics.
+    """
+    right = 0.0
+    for item in items:
+        known = set(_WORD.findall(item["context"].lower()))
+        shared = [len(known & set(_WORD.findall(choice.lower()))) for choice in item["choices"]]
+        right += (shared[item["gold"]] == max(shared)) / shared.count(max(shared))
+    return right / len(items)
 
 
 def documents(shards: ShardSet, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:

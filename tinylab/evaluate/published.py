@@ -127,8 +127,9 @@ def published() -> pandas.DataFrame:
 
     Columns: `model` (Hub id), `label`, `step`, `tokens` (exact; v1.1 as printed), `tokens_printed`, `task`, `metric`,
     `printed` (percent, verbatim), `value` (that as a fraction), `k` and `n` (rebuilt count and items; none where the
-    table gives a score without items), `stderr`, `low`, `high` (Wilson 95%; normal for the mean), `chance`,
-    `recomputed` (k/n, and for the mean of seven the mean of those), `flag` (what does not fit, else ""), `source`.
+    table gives a score without items), `stderr`, `low`, `high` (Wilson 95%; normal for the mean), `chance`, `baseline`
+    (always the frequent answer), `recomputed` (k/n, and for the mean of seven the mean of those), `flag` (what does not
+    fit, else ""), `source`.
     """
     import pandas
 
@@ -146,6 +147,7 @@ def _records(row: _Row) -> list[dict[str, object]]:
         errors.append(standard_error(k, n))
         flags = [] if exact else [f"no k/{n} gives {printed}; nearest is {k}/{n} = {100 * k / n:.2f}"]
         found = {"k": k, "n": n, "stderr": errors[-1], "low": low, "high": high, "chance": benchmark.chance}
+        found["baseline"] = benchmark.majority
         records.append(_record(row, task, benchmark.metric, printed, flags, **found, recomputed=k / n))
     mean, stderr = sum(shares) / len(shares), math.hypot(*errors) / len(errors)
     of_cells = f"{sum(map(float, cells)) / len(cells):.2f}"
@@ -172,7 +174,7 @@ def _record(row: _Row, task: str, metric: str, printed: str, flags: list[str], *
         "metric": metric,
         "printed": printed,
         "value": round(float(printed) / 100, 6),
-        **dict.fromkeys(("k", "n", "stderr", "low", "high", "chance", "recomputed")),
+        **dict.fromkeys(("k", "n", "stderr", "low", "high", "chance", "baseline", "recomputed")),
         **found,
         "flag": "; ".join([*flags, remark] if remark else flags),
     }

@@ -87,6 +87,7 @@ class Scoring:
             "metric": task.metric,
             "metrics": ["acc", "acc_norm", "acc_bytes", *extra],
             "chance": task.chance,
+            "baseline": task.baseline,
             "profile": {"name": self.profile.name, **self.profile.fields()},
             "source": task.source,
             "limit": self.limit,

@@ -210,7 +210,7 @@ def row_of(record: Record, metric: str | None = None) -> dict[str, Any]:
     return (
         {f: header.get(f) for f in ("label", "step", "tokens", "stage")}
         | {"task": record.key.task, "metric": name, "value": k / n, "low": low, "high": high, "n": n, "k": k}
-        | {"stderr": standard_error(k, n), "chance": header.get("chance")}
+        | {"stderr": standard_error(k, n), "chance": header.get("chance"), "baseline": header.get("baseline")}
         | {"yes_share": _yes_share(items) if record.key.task == "boolq" else None}
         | {"ties": sum(margin(i, name) == 0 for i in items), "truncated": sum(i["truncated"] for i in items)}
         | {"weights": record.key.weights, "profile": header["profile"]["name"]}
@@ -235,7 +235,7 @@ class Scores:
 
     def rows(self, metric: str | None = None) -> list[dict[str, Any]]:
         """One dictionary per measurement: `label, step, tokens, stage, task, metric, value, low, high, n, k, stderr,
-        chance, yes_share, ties, truncated, weights, profile`. Shares are fractions, intervals Wilson at 95%.
+        chance, baseline, yes_share, ties, truncated, weights, profile`. Shares are fractions, intervals Wilson at 95%.
 
         `metric` None: each task's headline metric. Raises ConfigError for a metric that no task of the store has.
         """

@@ -45,6 +45,8 @@ class EvaluationTask:
     chance: float
     source: str
     """Where the documents came from; a file's name, not its folder."""
+    baseline: float | None = None
+    """Accuracy on all items of a rule that needs no model: BoolQ's frequent answer, a probe's most words shared."""
 
 
 def expand(names: str | Sequence[str]) -> list[str]:
@@ -82,13 +84,15 @@ def benchmark(name: str, data_dir: str | Path | None) -> EvaluationTask:
         source = f"file:{path.name}"
         config = _in_memory(config, documents, split)
     about = BENCHMARKS[name]
-    return _build(name, config, about.metric, about.chance, source)
+    return _build(name, config, about.metric, about.chance, source, about.majority)
 
 
 def probe(name: str, items: list[dict[str, Any]], source: str) -> EvaluationTask:
     """A probe's items (evaluate/probes.py) as an lm-eval task."""
+    from tinylab.evaluate.probes import word_overlap
+
     config = _in_memory(probe_config(name), items, "validation")
-    return _build(name, config, "acc_mutual_info", 1 / len(items[0]["choices"]), source)
+    return _build(name, config, "acc_mutual_info", 1 / len(items[0]["choices"]), source, word_overlap(items))
 
 
 def probe_config(name: str) -> dict[str, Any]:
@@ -121,7 +125,9 @@ def _in_memory(config: dict[str, Any], documents: list[dict[str, Any]], split: s
     return config | splits | {"dataset_kwargs": None, "custom_dataset": lambda **_: data}
 
 
-def _build(name: str, config: dict[str, Any], metric: str, chance: float, source: str) -> EvaluationTask:
+def _build(
+    name: str, config: dict[str, Any], metric: str, chance: float, source: str, baseline: float | None
+) -> EvaluationTask:
     from lm_eval.api.task import ConfigurableTask
 
     config = {k: v for k, v in config.items() if k != "tag"} | {"task": name}
@@ -137,7 +143,8 @@ def _build(name: str, config: dict[str, Any], metric: str, chance: float, source
                 f"the documents of {name} ({source}) must have the fields that lm-eval's task reads; "
                 f"found {type(error).__name__}: {error}"
             ) from error
-    return EvaluationTask(name, task, str((config.get("metadata") or {}).get("version", 0)), metric, chance, source)
+    version = str((config.get("metadata") or {}).get("version", 0))
+    return EvaluationTask(name, task, version, metric, chance, source, baseline)
 
 
 def _read_documents(path: Path) -> list[dict[str, Any]]:

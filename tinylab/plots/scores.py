@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from tinylab.errors import ConfigError
-from tinylab.evaluate.published import BENCHMARKS
 from tinylab.plots.style import (
     COLORS,
     DASHES,
@@ -58,7 +57,7 @@ def score_trajectories(scores: Table | None, published: Table | None = None, ref
         width={1: 5.2, 2: 7.6}.get(columns, 10.0),
         height=(0.9 if tasks or not own else 1.3) + 2.35 * rows,
         caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance"
-        + ("; dash-dotted: always the frequent answer. " if "boolq" in [*own, *tasks] else ". ")
+        + "; dash-dotted: a rule without a model (most words shared, or always the frequent answer). "
         + "Panels have scales of their own.",
     )
     for i, task in enumerate(own):
@@ -129,10 +128,8 @@ def _panel(ax: Any, rows: Table, title: str, name: str, look: int, *, first: boo
     if not first:
         return
     style_axes(ax)
-    task, chance = rows["task"].iloc[0], rows["chance"].dropna()
-    majority = BENCHMARKS[task].majority if task in BENCHMARKS else None
-    for level, dash in ((chance.iloc[0] if len(chance) else None, ":"), (majority, "-.")):
-        if level is not None:
+    for column, dash in (("chance", ":"), ("baseline", "-.")):
+        for level in rows[column].dropna()[:1] if column in rows else ():
             ax.axhline(100 * float(level), color=FAINT, linewidth=1.1, linestyle=dash)
     metric = rows["metric"].iloc[0] if "metric" in rows else "accuracy"
     ax.set_title(title.replace("_", " "), fontsize=9.5, color=INK, loc="left")
