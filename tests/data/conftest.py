@@ -1,16 +1,21 @@
-"""Small prepared data folders, made through the real writer and commit."""
+"""Small prepared data folders, made through the real writer and commit, and two small sources to prepare."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tinylab.config.schema import Data, Source
 from tinylab.data.shards import ShardSet, ShardWriter, build_manifest, open_shards, source_entry
+from tinylab.data.tokenizer import train_tokenizer
 from tinylab.runs.manifest import commit_folder, temporary_folder
+
+from .paragraphs import PARAGRAPHS, VOCAB
 
 Documents = Mapping[str, Sequence[Sequence[int]]]
 MakeData = Callable[..., ShardSet]
@@ -58,3 +63,31 @@ def make_data(tmp_path: Path) -> MakeData:
         return open_shards(_write_data(tmp_path / name, train, validation, **sizes))
 
     return make
+
+
+@pytest.fixture
+def source_texts(tmp_path: Path) -> dict[str, list[str]]:
+    """Two sources: `a` of text files, `b` of JSON lines, with duplicates in and between them, and empty ones."""
+    a = [*PARAGRAPHS[:120], PARAGRAPHS[3], PARAGRAPHS[7], "", " \n"]
+    b = [*PARAGRAPHS[100:260], PARAGRAPHS[200]]
+    (tmp_path / "a").mkdir()
+    for i, text in enumerate(a):
+        (tmp_path / "a" / f"{i:03d}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in b), encoding="utf-8")
+    return {"a": a, "b": b}
+
+
+@pytest.fixture
+def data(tmp_path: Path, source_texts) -> Data:
+    sources = (
+        Source(name="a", corpus=f"files:{tmp_path}/a/*.txt"),
+        Source(name="b", corpus=f"files:{tmp_path}/b.jsonl"),
+    )
+    return Data(sources=sources, vocab_size=VOCAB, validation_fraction=0.05)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(PARAGRAPHS, VOCAB).save(folder)
+    return folder
