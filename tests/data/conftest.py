@@ -1,21 +1,25 @@
-"""Small prepared data folders, made through the real writer and commit, and two small sources to prepare."""
+"""Small prepared data folders, made through the real writer and commit; small sources to prepare; tokenizers."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from tinylab.config.schema import Data, Source
+from tinylab.data.encoding import Tokenizer
 from tinylab.data.shards import ShardSet, ShardWriter, build_manifest, open_shards, source_entry
 from tinylab.data.tokenizer import train_tokenizer
 from tinylab.runs.manifest import commit_folder, temporary_folder
 
-from .paragraphs import PARAGRAPHS, VOCAB
+from . import reference_ids
+from .paragraphs import LIBRARY, PARAGRAPHS, VOCAB
 
 Documents = Mapping[str, Sequence[Sequence[int]]]
 MakeData = Callable[..., ShardSet]
@@ -91,3 +95,42 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(PARAGRAPHS, VOCAB).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """About 600 kB of the standard library's sources."""
+    names = (
+        "argparse.py",
+        "ast.py",
+        "datetime.py",
+        "inspect.py",
+        "json/decoder.py",
+        "logging/__init__.py",
+        "typing.py",
+    )
+    return [(LIBRARY / name).read_text(encoding="utf-8") for name in names]
+
+
+@pytest.fixture(scope="session")
+def trained(texts: list[str]) -> Tokenizer:
+    return train_tokenizer(texts, reference_ids.VOCAB)
+
+
+@pytest.fixture(scope="session")
+def sp_model(texts: list[str]) -> bytes:
+    """A BPE model from SentencePiece's own trainer, byte fallback as in Llama's file, ids in the order of scores."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=reference_ids.VOCAB,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=3,
+    )
+    return model.getvalue()
