@@ -56,9 +56,9 @@ def score_trajectories(scores: Table | None, published: Table | None = None, ref
         columns=columns,
         width={1: 5.2, 2: 7.6}.get(columns, 10.0),
         height=(0.9 if tasks or not own else 1.3) + 2.35 * rows,
-        caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance"
-        + "; dash-dotted: a rule without a model (most words shared, or always the frequent answer). "
-        + "Panels have scales of their own.",
+        caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance; "
+        "dash-dotted: a rule without a model (most words shared, or always the frequent answer). "
+        "Panels have scales of their own.",
     )
     for i, task in enumerate(own):
         _own_panel(axes[i // columns, i % columns], table[table["task"] == task], task)
