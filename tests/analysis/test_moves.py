@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from scipy import stats
 
 from tinylab.analysis.moves import mean_contributions, own_moves, published_moves
 from tinylab.analysis.spikes import loss_spikes
@@ -65,7 +66,6 @@ def test_the_step_that_stands_out_is_found_and_the_fast_fall_is_not(tmp_path: Pa
 
 
 def test_deviations_of_a_jump_equal_scipys_normal_scaled_ones(tmp_path: Path):
-    stats = pytest.importorskip("scipy.stats")
     run = Run(tmp_path / "r")
     run.path.mkdir()
     losses = np.random.default_rng(0).normal(5, 0.1, 40)

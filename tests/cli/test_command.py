@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 
 import tinylab
@@ -283,7 +284,6 @@ def test_counts_are_powers_of_a_thousand():
 
 
 def test_json_of_a_data_frame_is_a_list_of_rows():
-    pandas = pytest.importorskip("pandas")
     assert json.loads(to_json(pandas.DataFrame({"a": [1, 2], "b": [0.5, None]}))) == [
         {"a": 1, "b": 0.5},
         {"a": 2, "b": None},

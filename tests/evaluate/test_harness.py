@@ -23,8 +23,6 @@ from tinylab.evaluate.store import Scores, score_item
 from tinylab.evaluate.tasks import BENCHMARK_FILES, benchmark, probe
 from tinylab.runs.folder import Run
 
-pytest.importorskip("lm_eval")
-
 
 def _hflm(folder: Path, prefix_id: int | None = None):
     """lm-eval's Hugging Face backend on an exported checkpoint: the oracle."""

@@ -15,8 +15,6 @@ from tinylab.evaluate.probes import build_probe
 from tinylab.evaluate.scoring import run_task
 from tinylab.evaluate.tasks import probe
 
-pytest.importorskip("lm_eval")
-
 
 @pytest.fixture(scope="module")
 def parts(lab):

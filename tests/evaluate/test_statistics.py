@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tinylab.evaluate.statistics import (
     bootstrap_mean,
@@ -32,7 +33,6 @@ def test_wilson_interval_equals_the_table_of_newcombe_1998(k, n, low, high):
 
 @pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (3, 7), (50, 200), (200, 200)])
 def test_wilson_interval_equals_scipy(k, n):
-    stats = pytest.importorskip("scipy.stats")
     expected = stats.binomtest(k, n).proportion_ci(0.9, method="wilson")
     assert wilson_interval(k, n, 0.9) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
@@ -54,7 +54,6 @@ def test_wilson_interval_refuses_more_successes_than_items():
 
 
 def test_mcnemar_equals_the_binomial_test_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
     for b, c in itertools.product((0, 1, 2, 5, 13, 40, 300), repeat=2):
         expected = stats.binomtest(b, b + c).pvalue if b + c else 1.0
         assert mcnemar(b, c) == pytest.approx(expected, rel=1e-9), (b, c)
@@ -100,7 +99,7 @@ def test_paired_interval_of_hellaswag_with_a_tenth_discordant_is_as_published():
 @pytest.mark.parametrize(("p_a", "p_b"), [(0.001, 0.01), (0.005, 0.005), (0.02, 0.05), (0.05, 0.3)])
 def test_paired_interval_covers_as_stated_with_few_flips_and_with_many(p_a, p_b):
     """Exact, summed over all tables: the plain normal interval covers 0.86 in the first case."""
-    stats, n = pytest.importorskip("scipy.stats"), 200
+    n = 200
     lost, won = np.meshgrid(np.arange(n // 2 + 1), np.arange(n // 2 + 1), indexing="ij")
     weights = stats.multinomial.pmf(np.stack([lost, won, n - lost - won], axis=-1), n, [p_a, p_b, 1 - p_a - p_b])
     covered = 0.0

@@ -111,8 +111,11 @@ def generate(
     An empty prompt begins with the tokenizer's beginning-of-text id, or its end-of-text id. Temperature 0 gives the
     likeliest continuation; see `generate_ids` for the rest. Raises ConfigError for values that cannot be used.
     """
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ConfigError(f"prompt must be text that UTF-8 can hold; found a lone surrogate in {ascii(prompt)[:80]}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        found = f"a lone surrogate at character {error.start}"
+        raise ConfigError(f"prompt must be text that UTF-8 can hold; found {found}. Remove it") from error
     ids = tokenizer.encode(prompt)
     if not ids:
         start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id

@@ -87,11 +87,8 @@ def validation_bits(runs: Sequence[Any]) -> LabFigure:
         measured = _measured(metrics, "bits_per_byte")
         if not len(measured):
             continue
-        at, values, (color, dash) = (
-            metrics["tokens"][measured.index].to_numpy(float),
-            measured.to_numpy(float),
-            _look(i),
-        )
+        color, dash = _look(i)
+        at, values = metrics["tokens"][measured.index].to_numpy(float), measured.to_numpy(float)
         ax.plot(at, values, color=color, linestyle=dash, marker=MARKERS[i % 4], markersize=5, linewidth=1.6)
         ends.append(
             (at[-1], values[-1], f"{label} {values[-1]:.2f}" if len(series) > 1 else f"{values[-1]:.2f}", color)
