@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 from itertools import pairwise
@@ -11,6 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tinylab.checkpoint.store import early_steps
+from tinylab.config import presets
+from tinylab.demo import demo
 from tinylab.errors import ConfigError, NothingFoundError
 from tinylab.notebook import list_notebooks, notebook_parameters, run_notebook
 from tinylab.runs.folder import Run
@@ -142,6 +146,17 @@ def test_02_refuses_an_unknown_mode_and_a_run_that_nobody_started(lab: Path, tmp
         execute("02_pretrain", tmp_path / "out", run="new", mode="torch")
     with pytest.raises(NothingFoundError, match="must hold a run"):
         execute("02_pretrain", tmp_path / "out", run="new", mode="watch")
+
+
+def test_the_views_open_by_default_on_what_make_demo_leaves():
+    """A newcomer runs all cells of them right after it."""
+    names = ("03_loss_curves", "05_score_trajectories", "06_compare_checkpoints", "10_report")
+    defaults = {name: {k: p.default for k, p in notebook_parameters(NOTEBOOKS[name]).items()} for name in names}
+    left = inspect.signature(demo).parameters["run"].default
+    assert defaults["03_loss_curves"]["runs"] == defaults["10_report"]["runs"] == [left]
+    assert defaults["05_score_trajectories"]["store"] == defaults["06_compare_checkpoints"]["b"] == left
+    run, _, step = defaults["06_compare_checkpoints"]["a"].partition("@")
+    assert run == left and int(step) in early_steps(presets.preset("demo"))
 
 
 def test_03_names_the_jumps_and_their_documents(lab: Path, tmp_path: Path):

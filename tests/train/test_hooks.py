@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tinylab.config.schema import RunConfig
-from tinylab.errors import RunStopped
+from tinylab.errors import DataError, RunStopped
 from tinylab.runs.folder import Run
-from tinylab.train import hooks
+from tinylab.train import hooks, loop
 from tinylab.train.hooks import Heartbeat, Progress, StopRequest, progress_hooks
 
 
@@ -140,3 +140,20 @@ def test_a_stop_file_is_obeyed_and_removed(tmp_path: Path):
         (tmp_path / "stop").touch()
         assert stop.requested() and stop.stopped("now").exit_code == 143
     assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_preparation_of_data_speaks_only_where_progress_is_wanted(
+    progress: bool, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A notebook shows its own view, and every line on standard error as an alarm."""
+    given = []
+
+    def prepare(data: Any, *, progress: Any) -> None:
+        given.append(progress)
+        raise DataError("enough")
+
+    monkeypatch.setattr(loop, "prepare", prepare)
+    with pytest.raises(DataError, match="enough"):
+        loop.train(tiny_config, Run(tmp_path / "run"), progress=progress)
+    assert given == [None] if progress else given[0]("a line") is None
