@@ -89,7 +89,9 @@ def test_notebook_06_runs_in_the_browser_and_its_form_answers(browser, server, s
     base, token, root = server
     notebook = nbformat.read(find_notebook("06"), 4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    cell.source = re.sub(r'a: str = "[^"]*"', 'a: str = "tiny@4"', cell.source).replace("= 40", "= 5")
+    for name, ref in (("a", "tiny@4"), ("b", "tiny")):
+        cell.source = re.sub(rf'^{name}: str = "[^"]*"', f'{name}: str = "{ref}"', cell.source, flags=re.MULTILINE)
+    cell.source = cell.source.replace("= 40", "= 5")
     nbformat.write(notebook, root / "06.ipynb")
     page, errors = browser.new_page(viewport={"width": 1300, "height": 1000}), []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
