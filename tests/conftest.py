@@ -25,9 +25,9 @@ def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with the finished run `tiny` in it: 24 steps of a 0.2M model on a little real text, scored."""
     from tinylab.config.io import override
     from tinylab.config.presets import preset
-    from tinylab.evaluate.harness import evaluate
+    from tinylab.evaluation.run import evaluate
     from tinylab.runs.folder import Run
-    from tinylab.train.loop import train
+    from tinylab.training.loop import train
 
     changes = ["data.sources.prose.limit_mb=0.5", "data.sources.code.limit_mb=0.3", "data.validation_fraction=0.1"]
     changes += ["data.vocab_size=1024", "model.vocab_size=1024", "model.n_layer=2", "model.d_model=64"]

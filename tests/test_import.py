@@ -91,7 +91,7 @@ def test_unknown_name_is_an_attribute_error():
         tinylab.nonesuch  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["tinylab.evaluate.store", "tinylab.train.loop", "tinylab"])
+@pytest.mark.parametrize("first", ["tinylab.evaluation.records", "tinylab.training.loop", "tinylab"])
 def test_evaluate_and_train_can_be_called_whatever_was_imported_before(first: str):
     assert fresh(f"import {first}, tinylab; print(callable(tinylab.evaluate), callable(tinylab.train))") == "True True"
 

@@ -14,9 +14,10 @@ LAYERS = (
     ("errors",),
     ("config", "runs"),
     ("model", "data", "optim"),
-    ("dist", "checkpoint"),
-    ("train", "evaluate", "analysis", "planner", "doctor"),
-    ("plots", "widgets", "notebook", "report", "bench", "demo"),
+    ("dist", "formats"),
+    ("checkpoint", "catalog"),
+    ("training", "evaluation", "analysis", "planner", "doctor"),
+    ("html", "plots", "widgets", "notebook", "report", "bench", "demo"),
     ("cli",),
     ("__main__",),
 )
@@ -76,7 +77,7 @@ def test_imports_go_one_way():
     "text",
     [
         "from tinylab.cli import main",
-        "def f():\n    import tinylab.train.loop",
+        "def f():\n    import tinylab.training.loop",
         "from tinylab import widgets",
         "from .. import x",
     ],

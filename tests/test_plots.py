@@ -16,7 +16,7 @@ import pytest
 from tinylab import plots
 from tinylab.config.presets import demo
 from tinylab.errors import ConfigError
-from tinylab.evaluate.published import published
+from tinylab.evaluation.published import published
 from tinylab.plots.corpus import mixture_points
 from tinylab.plots.style import COLORS, format_count
 from tinylab.plots.training import moving_mean

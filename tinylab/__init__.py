@@ -13,36 +13,36 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tinylab import plots as plots
     from tinylab import widgets as widgets
-    from tinylab.checkpoint.reference import load_model as load_model
-    from tinylab.checkpoint.reference import load_tokenizer as load_tokenizer
+    from tinylab.catalog.reference import load_model as load_model
+    from tinylab.catalog.reference import load_tokenizer as load_tokenizer
     from tinylab.config import presets as presets
     from tinylab.data.prepare import prepare as prepare
-    from tinylab.evaluate.compare import compare as compare
-    from tinylab.evaluate.harness import evaluate as evaluate
-    from tinylab.evaluate.published import published as published
-    from tinylab.evaluate.store import Scores as Scores
+    from tinylab.evaluation.compare import compare as compare
+    from tinylab.evaluation.published import published as published
+    from tinylab.evaluation.records import Scores as Scores
+    from tinylab.evaluation.run import evaluate as evaluate
     from tinylab.model.generate import generate as generate
     from tinylab.planner import plan as plan
     from tinylab.runs.folder import Run as Run
-    from tinylab.train.loop import train as train
+    from tinylab.training.loop import train as train
 
 _NAMES = {
     "Run": "tinylab.runs.folder:Run",
-    "Scores": "tinylab.evaluate.store:Scores",
-    "compare": "tinylab.evaluate.compare:compare",
-    "evaluate": "tinylab.evaluate",
+    "Scores": "tinylab.evaluation.records:Scores",
+    "compare": "tinylab.evaluation.compare:compare",
+    "evaluate": "tinylab.evaluation.run:evaluate",
     "generate": "tinylab.model.generate:generate",
-    "load_model": "tinylab.checkpoint.reference:load_model",
-    "load_tokenizer": "tinylab.checkpoint.reference:load_tokenizer",
+    "load_model": "tinylab.catalog.reference:load_model",
+    "load_tokenizer": "tinylab.catalog.reference:load_tokenizer",
     "plan": "tinylab.planner:plan",
     "plots": "tinylab.plots",
     "prepare": "tinylab.data.prepare:prepare",
     "presets": "tinylab.config.presets",
-    "published": "tinylab.evaluate.published:published",
-    "train": "tinylab.train",
+    "published": "tinylab.evaluation.published:published",
+    "train": "tinylab.training.loop:train",
     "widgets": "tinylab.widgets",
 }
-"""Public name to `module` or `module:attribute`. `evaluate` and `train` are folders that can be called, too."""
+"""Public name to `module` or `module:attribute`."""
 
 
 if not TYPE_CHECKING:  # a type checker would take every name for a public one

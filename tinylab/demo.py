@@ -73,7 +73,7 @@ def _prepare(config: RunConfig) -> str:
 
 
 def _train(config: RunConfig, run: Run) -> str:
-    from tinylab.train.loop import train
+    from tinylab.training.loop import train
 
     train(config, run)
     losses = _validation_losses(run)
@@ -85,7 +85,7 @@ def _validation_losses(run: Run) -> list[float]:
 
 
 def _evaluate(run: Run) -> str:
-    from tinylab.evaluate.harness import evaluate
+    from tinylab.evaluation.run import evaluate
 
     records = evaluate(run.path, all_checkpoints=True)
     return f"{len(records)} measurements of {len(run.checkpoints())} checkpoints in {run.evaluations_path}"
@@ -144,7 +144,7 @@ def _report(run: Run) -> str:
 
 def _results(run: Run) -> dict[str, Any]:
     """Validation loss and every probe at the first and the last checkpoint, with 95% intervals, chance and baseline."""
-    from tinylab.evaluate.store import Scores
+    from tinylab.evaluation.records import Scores
 
     losses = _validation_losses(run)
     rows = [r for r in Scores(run.evaluations_path).rows() if r["step"] is not None]

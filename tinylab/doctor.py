@@ -227,7 +227,7 @@ def _forward_backward(device: str) -> Iterator[Finding]:
 
 
 def _corpus(_: str) -> Iterator[Finding]:
-    from tinylab.data.corpora import open_corpus
+    from tinylab.data.corpus.sources import open_corpus
 
     for spec in ("local:prose", "local:code"):
         try:

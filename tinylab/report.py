@@ -11,10 +11,10 @@ from typing import Any
 from tinylab import plots
 from tinylab.config.io import run_to_toml
 from tinylab.errors import ConfigError, TinylabError
-from tinylab.plots.escape import escape, table_html
+from tinylab.html.escape import escape, table_html
+from tinylab.html.parts import figure_html
 from tinylab.runs.durable import disk_error, write_atomic
 from tinylab.runs.folder import Run
-from tinylab.widgets.html import figure_html
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:62rem;margin:2rem auto;padding:0 1rem}
@@ -125,8 +125,8 @@ def _training(runs: list[Run]) -> str:
 
 def _scores(run: Run) -> str:
     """Trajectories of every task in the run's store beside the published ones, and the table of first and last."""
-    from tinylab.evaluate.published import published
-    from tinylab.evaluate.store import Scores
+    from tinylab.evaluation.published import published
+    from tinylab.evaluation.records import Scores
 
     try:
         table = Scores(run.evaluations_path).table()

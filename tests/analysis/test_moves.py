@@ -12,9 +12,9 @@ from scipy import stats
 
 from tinylab.analysis.moves import mean_contributions, own_moves, published_moves
 from tinylab.analysis.spikes import loss_spikes
-from tinylab.evaluate.harness import evaluate
-from tinylab.evaluate.published import published
-from tinylab.evaluate.store import Scores
+from tinylab.evaluation.published import published
+from tinylab.evaluation.records import Scores
+from tinylab.evaluation.run import evaluate
 from tinylab.runs.folder import Run
 
 

@@ -107,10 +107,10 @@ def test_options_that_change_a_run_are_refused_and_name_every_key(run: Run, caps
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, Run]]:
     """What the verb would train, instead of training."""
-    import tinylab.train.loop
+    import tinylab.training.loop
 
     calls: list[tuple[object, Run]] = []
-    monkeypatch.setattr(tinylab.train.loop, "train", lambda config, run, **_: calls.append((config, run)))
+    monkeypatch.setattr(tinylab.training.loop, "train", lambda config, run, **_: calls.append((config, run)))
     return calls
 
 
@@ -127,9 +127,9 @@ def test_a_new_run_is_the_preset_tiny_with_the_options_put_in(trained: list[tupl
     def create(config: object, run: Run) -> None:
         run.create(config, {})  # type: ignore[arg-type]
 
-    import tinylab.train.loop
+    import tinylab.training.loop
 
-    tinylab.train.loop.train = create  # type: ignore[assignment]  # restored by `trained`
+    tinylab.training.loop.train = create  # type: ignore[assignment]  # restored by `trained`
     assert (
         main(["train", "mine", "--tokens", "400K", "--save-every", "40K", "--seed", "5", "--set", "optimizer.lr=1e-3"])
         == 0

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import sentencepiece
 
-from tinylab.data import sentencepiece_model as spm
-from tinylab.data.encoding import Tokenizer
+from tinylab.data.tokenizer import sentencepiece_model as spm
+from tinylab.data.tokenizer.encode import Tokenizer
 
 VOCAB = 1200
 

@@ -9,7 +9,7 @@ import pytest
 
 from tinylab.data import audit
 from tinylab.data.audit import audit_shards, find_runs
-from tinylab.data.shards import fingerprint_of, open_shards
+from tinylab.data.shards.reader import fingerprint_of, open_shards
 
 CLEAN = {"prose": [[5, 6, 7, 2], [8, 9, 9, 9, 2], [10, 2]], "code": [[20, 21, 2]]}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tinylab.data.corpora import Document, open_corpus
+from tinylab.data.corpus.sources import Document, open_corpus
 from tinylab.errors import DataError
 
 TEXTS = ["First.\n", "Second\twith é and\r\n lines", "Third"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tinylab.data import environment
-from tinylab.data.corpora import open_corpus
+from tinylab.data.corpus import environment
+from tinylab.data.corpus.sources import open_corpus
 
 LONG = "A sentence that says enough to be worth learning from, which a docstring of three words does not. " * 2
 MODULE = f'''"""The module. {LONG}"""

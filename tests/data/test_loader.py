@@ -12,7 +12,7 @@ import torch
 from tinylab.config.schema import Data, Model, Parallel, RunConfig, Schedule, Source, Stage, Validation
 from tinylab.data.loader import MASKED, Loader, validation_batches, validation_windows
 from tinylab.data.order import DataOrder, data_hash, format_hash
-from tinylab.data.shards import open_shards
+from tinylab.data.shards.reader import open_shards
 from tinylab.errors import ConfigError, DataError
 
 SEQ = 4

@@ -19,7 +19,7 @@ import pytest
 from tinylab.config.schema import Data, Source
 from tinylab.data import prepare as module
 from tinylab.data.prepare import data_path, prepare
-from tinylab.data.shards import open_shards
+from tinylab.data.shards.reader import open_shards
 from tinylab.errors import DataError
 
 from .paragraphs import VOCAB, quiet

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tinylab.data.shards import ShardSet, ShardWriter, fingerprint_of, open_shards
+from tinylab.data.shards.reader import ShardSet, ShardWriter, fingerprint_of, open_shards
 from tinylab.errors import DataError
 from tinylab.runs.manifest import sha256_file, verify_folder
 
@@ -229,9 +229,9 @@ def test_any_damage_to_any_file_is_found(intact, data):
 
 def test_digests_are_remembered_only_while_the_file_stays_the_same(make_data, monkeypatch):
     shards, path, _ = _two(make_data)
-    monkeypatch.setattr("tinylab.data.integrity._RACY_NS", -(10**18))
+    monkeypatch.setattr("tinylab.data.shards.integrity._RACY_NS", -(10**18))
     calls: list[Path] = []
-    monkeypatch.setattr("tinylab.data.integrity.sha256_file", lambda p: calls.append(p) or sha256_file(p))
+    monkeypatch.setattr("tinylab.data.shards.integrity.sha256_file", lambda p: calls.append(p) or sha256_file(p))
     open_shards(shards.path)
     first = len(calls)
     open_shards(shards.path)
@@ -245,9 +245,9 @@ def test_digests_are_remembered_only_while_the_file_stays_the_same(make_data, mo
 
 def test_digests_of_files_younger_than_the_clocks_grain_are_not_remembered(make_data, monkeypatch):
     shards, _, _ = _two(make_data)
-    monkeypatch.setattr("tinylab.data.integrity._RACY_NS", 10**18)
+    monkeypatch.setattr("tinylab.data.shards.integrity._RACY_NS", 10**18)
     calls: list[Path] = []
-    monkeypatch.setattr("tinylab.data.integrity.sha256_file", lambda p: calls.append(p) or sha256_file(p))
+    monkeypatch.setattr("tinylab.data.shards.integrity.sha256_file", lambda p: calls.append(p) or sha256_file(p))
     open_shards(shards.path)
     first = len(calls)
     open_shards(shards.path)

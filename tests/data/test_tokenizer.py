@@ -17,9 +17,9 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinylab.data import sentencepiece_model as spm
-from tinylab.data.adversarial import SAMPLE
-from tinylab.data.tokenizer import load_tokenizer_file, train_tokenizer
+from tinylab.data.tokenizer import sentencepiece_model as spm
+from tinylab.data.tokenizer.adversarial import SAMPLE
+from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
 from tinylab.errors import DataError
 
 from .reference_ids import VOCAB, ids_of, sentencepiece_ids, whitespace_last
@@ -52,7 +52,7 @@ def test_an_indent_leaves_its_last_space_to_the_word(trained):
 def test_training_gives_the_same_tokenizer_in_another_process(trained, texts, tmp_path):
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     program = (
-        "import json, sys; from tinylab.data.tokenizer import train_tokenizer\n"
+        "import json, sys; from tinylab.data.tokenizer.load import train_tokenizer\n"
         f"print(train_tokenizer(json.load(open(sys.argv[1])), {VOCAB}).hash)"
     )
     run = subprocess.run(

@@ -9,9 +9,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from tinylab.data import sentencepiece_model as spm
-from tinylab.data.adversarial import SAMPLE
-from tinylab.data.tokenizer import fetch_tokenizer, load_tokenizer_file
+from tinylab.data.tokenizer import sentencepiece_model as spm
+from tinylab.data.tokenizer.adversarial import SAMPLE
+from tinylab.data.tokenizer.load import fetch_tokenizer, load_tokenizer_file
 from tinylab.errors import DataError
 
 from .reference_ids import ids_of, sentencepiece_ids, whitespace_last

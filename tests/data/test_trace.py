@@ -61,7 +61,7 @@ def test_text_is_decoded_on_request(shards, monkeypatch):
         def decode(self, ids):
             return " ".join(f"w{i}" for i in ids)
 
-    monkeypatch.setattr("tinylab.data.tokenizer.load_tokenizer_file", lambda path: Words())
+    monkeypatch.setattr("tinylab.data.tokenizer.load.load_tokenizer_file", lambda path: Words())
     rows = [row for step in (1, 2, 3) for row in trace_batch(CONFIG, shards, step, text=True)]
     row = next(r for r in rows if (r["source"], r["window"]) == ("prose", 0))
     assert row["text"] == "w5 w6 w7 w2 w8"

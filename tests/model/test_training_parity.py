@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from tinylab.checkpoint.huggingface import to_huggingface
-from tinylab.checkpoint.huggingface_config import config_values
 from tinylab.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Source, Stage
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
+from tinylab.formats.huggingface import to_huggingface
+from tinylab.formats.huggingface_config import config_values
 from tinylab.model.transformer import Llama
 from tinylab.optim.schedule import lr_at
-from tinylab.train.state import build_state
-from tinylab.train.step import train_step
+from tinylab.training.state import build_state
+from tinylab.training.step import train_step
 
 STEPS, SEQUENCES, LENGTH = 50, 4, 32
 RUN = RunConfig(

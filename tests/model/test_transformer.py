@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.config.presets import tiny
 from tinylab.config.schema import Model, RopeScaling
+from tinylab.formats.huggingface import save_weights, write_config
 from tinylab.model.transformer import Llama
 
 BASE = Model(

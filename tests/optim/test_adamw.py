@@ -9,7 +9,7 @@ import torch
 
 from tinylab.config.schema import Model, Optimizer
 from tinylab.model.transformer import Llama
-from tinylab.optim.adamw import build_adamw, parameter_groups
+from tinylab.optim.build import build_adamw, parameter_groups
 
 SMALL = Model(vocab_size=16, n_layer=1, d_model=8, n_head=2, n_kv_head=1, d_ff=12, seq_len=8)
 

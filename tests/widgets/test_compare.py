@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tinylab.analysis.tokens import compare_tokens, text_losses, token_texts
-from tinylab.checkpoint.reference import load_model, load_tokenizer
+from tinylab.catalog.reference import load_model, load_tokenizer
 from tinylab.errors import EvaluationError
 from tinylab.runs.folder import Run
 from tinylab.widgets import compare_view

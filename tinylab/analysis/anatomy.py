@@ -24,7 +24,7 @@ def tensor_table(model: Model) -> pandas.DataFrame:
     """Tensors of the embedding, one layer, final norm and head: our name, its name in checkpoints, shape, share."""
     import pandas
 
-    from tinylab.checkpoint.huggingface import name_map
+    from tinylab.formats.huggingface import name_map
 
     total = parameter_counts(model)["total"]
     rows: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinylab.data.shards import ShardSet
+from tinylab.data.shards.reader import ShardSet
 
 if TYPE_CHECKING:
     import pandas

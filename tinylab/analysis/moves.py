@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tinylab.evaluate.comparison import compare_records
-from tinylab.evaluate.statistics import holm, normal_p, unpaired_z
-from tinylab.evaluate.store import Record, Scores
+from tinylab.evaluation.paired import compare_records
+from tinylab.evaluation.records import Record, Scores
+from tinylab.evaluation.statistics import holm, normal_p, unpaired_z
 
 if TYPE_CHECKING:
     import pandas

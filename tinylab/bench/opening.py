@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.config.presets import preset as find_preset
 from tinylab.config.schema import Model
 from tinylab.errors import ConfigError, TinylabError
+from tinylab.formats.huggingface import save_weights, write_config
 from tinylab.model.accounting import parameter_counts
 from tinylab.model.transformer import Llama
 
@@ -47,7 +47,7 @@ print(json.dumps({{"open_s": opened, "first_logits_s": used, "base_kib": base, "
 """On Linux `ru_maxrss` would hold the parent's peak too: it outlives exec."""
 _CONTENDERS = {
     "tinylab": _MEASURE.format(
-        imports="from tinylab.checkpoint.reference import load_model",
+        imports="from tinylab.catalog.reference import load_model",
         load="load_model(folder)",
         logits="model(ids)",
     ),

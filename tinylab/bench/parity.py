@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylab.checkpoint.formats import load_folder
-from tinylab.checkpoint.huggingface import save_weights, write_config
 from tinylab.config.schema import Model, RopeScaling
+from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.load import load_folder
 from tinylab.model.generate import generate_ids
 from tinylab.model.transformer import Llama
 

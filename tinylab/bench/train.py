@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylab.checkpoint.huggingface import to_huggingface
 from tinylab.config.presets import preset as find_preset
 from tinylab.config.schema import Model, RunConfig
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context, open_context
 from tinylab.errors import ConfigError, TinylabError
+from tinylab.formats.huggingface import to_huggingface
 from tinylab.model.accounting import flops_per_token, parameter_counts
 from tinylab.model.precision import Precision, autocast, resolve_precision
-from tinylab.train.state import TrainState, build_state
-from tinylab.train.step import train_step
+from tinylab.training.state import TrainState, build_state
+from tinylab.training.step import train_step
 
 FP32_LIMIT = 1e-4
 """Largest difference of logits in fp32 with which two models count as the same (sums in another order)."""
@@ -148,7 +148,7 @@ def _peer(config: Model, state: dict[str, Tensor], device: torch.device) -> Any:
     """transformers' model with our weights, attention through torch's SDPA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tinylab.checkpoint.huggingface_config import config_values
+    from tinylab.formats.huggingface_config import config_values
 
     values = {k: v for k, v in config_values(config).items() if v is not None}
     model = LlamaForCausalLM(LlamaConfig(**(values | {"use_cache": False, "attn_implementation": "sdpa"})))

@@ -1,1 +1,1 @@
-"""Checkpoints: committed, verified, and in other formats."""
+"""The checkpoints of a run: committed whole, verified before use, kept as long as retention says."""

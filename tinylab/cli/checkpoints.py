@@ -38,7 +38,7 @@ def _verify(folder: Path) -> tuple[str, int, list[str]]:
     if Run(folder).exists():
         return _verify_run(Run(folder))
     if (folder / MANIFEST).is_file() and _is_data(folder):
-        from tinylab.data.shards import open_shards
+        from tinylab.data.shards.reader import open_shards
 
         try:
             shards = open_shards(folder)
@@ -103,7 +103,7 @@ def convert_verb(
     """
     import torch
 
-    from tinylab.checkpoint.convert import convert
+    from tinylab.formats.convert import convert
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     done = convert(source, target, to, dtype=kinds[dtype] if dtype else None)
@@ -134,7 +134,7 @@ def generate_verb(
         device: cpu or cuda.
     """
     import tinylab
-    from tinylab.checkpoint.reference import resolve_reference
+    from tinylab.catalog.reference import resolve_reference
 
     reference = resolve_reference(ref)
     text = tinylab.generate(

@@ -31,7 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "batch": ("data", "the samples of a step, and the documents they come from"),
     "train": ("training", "run, or resume: the same command"),
     "runs": ("training", "list runs and their state"),
-    "checkpoints": ("registry", "own and published milestones; audit, fetch, remove"),
+    "checkpoints": ("catalog", "own and published milestones; audit, fetch, remove"),
     "verify": ("checkpoints", "compare files with their manifests"),
     "convert": ("checkpoints", "from one checkpoint format to another"),
     "generate": ("checkpoints", "text from a model"),

@@ -11,7 +11,7 @@ from tinylab.cli.output import Answer, table
 from tinylab.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tinylab.evaluate.store import Record
+    from tinylab.evaluation.records import Record
 
 
 def evaluate_verb(
@@ -42,7 +42,7 @@ def evaluate_verb(
     """
     if not refs:
         raise ConfigError("evaluate needs at least one REF; found none. List runs: tinylab runs")
-    from tinylab.evaluate.harness import evaluate
+    from tinylab.evaluation.run import evaluate
 
     records = evaluate(
         refs,
@@ -61,7 +61,7 @@ def evaluate_verb(
 
 def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per record, as `scores` gives them: value with 95% interval, items, chance."""
-    from tinylab.evaluate.store import row_of
+    from tinylab.evaluation.records import row_of
 
     return [row_of(record) for record in records]
 
@@ -78,7 +78,7 @@ def scores_verb(store: Annotated[str, arg(metavar="STORE")], /, metric: str | No
         store: folder of results, or a run (its own evaluations/).
         metric: acc, acc_norm, acc_bytes or acc_mutual_info; default: that of each task.
     """
-    from tinylab.evaluate.store import Scores
+    from tinylab.evaluation.records import Scores
 
     rows = Scores(store).rows(metric)
     return Answer(rows, _table(rows))
@@ -109,7 +109,7 @@ def compare_verb(
         limit: at most this many items of each task.
         device: cpu or cuda.
     """
-    from tinylab.evaluate.compare import compare
+    from tinylab.evaluation.compare import compare
 
     found = compare(a, b, store, tasks, data=data, data_dir=data_dir, profile=profile, limit=limit, device=device)
     return Answer(found.document(), found.text())

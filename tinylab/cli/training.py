@@ -42,7 +42,7 @@ def train_verb(
     """
     folder = Run(run)
     resolved = resolve_config(folder, preset, config, tokens, save_every, seed, set)
-    from tinylab.train.loop import train
+    from tinylab.training.loop import train
 
     train(resolved, folder)
     if os.environ.get("RANK", "0") != "0":  # under torchrun one rank speaks

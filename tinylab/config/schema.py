@@ -35,7 +35,7 @@ class Source:
     name: str
     """Name used in mixtures, shards and metrics."""
     corpus: str
-    """`local:prose`, `local:code`, `files:GLOB` or `hf:NAME[:CONFIG]` (data/corpora.py)."""
+    """`local:prose`, `local:code`, `files:GLOB` or `hf:NAME[:CONFIG]` (data/corpus/sources.py)."""
     limit_mb: float | None = None
     """Take at most this many megabytes (10^6 bytes of UTF-8 text); absent: everything."""
 

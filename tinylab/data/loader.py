@@ -17,7 +17,7 @@ import torch
 
 from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder, check_ranks, data_hash, rank_slice
-from tinylab.data.shards import ShardSet, TokenStream
+from tinylab.data.shards.reader import ShardSet, TokenStream
 from tinylab.errors import DataError
 
 MASKED = -100

@@ -26,7 +26,7 @@ from tinylab.config.schema import RunConfig, Stage
 from tinylab.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tinylab.data.shards import ShardSet
+    from tinylab.data.shards.reader import ShardSet
 
 _UNIT = 2**40
 """Shares are integers over a denominator up to this, so that share * samples of a batch fits 64 bits."""

@@ -7,7 +7,7 @@ from typing import Any
 from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder
 from tinylab.data.prepare import data_path, prepare
-from tinylab.data.shards import ShardSet, open_shards
+from tinylab.data.shards.reader import ShardSet, open_shards
 from tinylab.errors import DataError
 from tinylab.runs.folder import Run
 
@@ -79,6 +79,6 @@ def trace_batch(config: RunConfig, shards: ShardSet, step: int, text: bool = Fal
 
 
 def _decoder(shards: ShardSet) -> Any:
-    from tinylab.data.tokenizer import load_tokenizer_file
+    from tinylab.data.tokenizer.load import load_tokenizer_file
 
     return load_tokenizer_file(shards.tokenizer_path).decode

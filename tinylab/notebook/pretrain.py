@@ -55,7 +55,7 @@ def continue_run(run: Run, config: RunConfig, mode: str = "auto") -> str:
 
 
 def _train(run: Run, config: RunConfig, monitor: Monitor, *, resumed: bool) -> str:
-    from tinylab.train.loop import train
+    from tinylab.training.loop import train
 
     with monitor:
         train(config, run, progress=False)

@@ -6,12 +6,12 @@ fixed order.
 
 from __future__ import annotations
 
+from tinylab.html.escape import escape, table_html
+from tinylab.html.spans import token_loss_html
 from tinylab.plots.comparison import flips, position_loss, score_differences, token_delta
 from tinylab.plots.corpus import document_lengths, mixture_of, token_frequencies
-from tinylab.plots.escape import escape, table_html
 from tinylab.plots.model import series_audit, shares
 from tinylab.plots.scores import score_trajectories
-from tinylab.plots.spans import token_loss_html
 from tinylab.plots.style import LabFigure, format_count
 from tinylab.plots.training import gradient_norm, learning_rate, loss_curves, throughput, validation_bits
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tinylab.html.parts import Html, show_table
 from tinylab.widgets.compare import CompareCheckpoints
-from tinylab.widgets.html import Html, show_table
 from tinylab.widgets.monitor import Monitor
 from tinylab.widgets.view import ComparisonView, compare_view
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import ipywidgets
 
+from tinylab.html.parts import Html, bundle, error_html
 from tinylab.runs.folder import Run
-from tinylab.widgets.html import Html, bundle, error_html
 from tinylab.widgets.view import ComparisonView, Loaded, compare_view, load
 
 _WIDE = {"description_width": "13em"}
@@ -128,7 +128,7 @@ def _control(kind: Any, description: str, value: Any, *, layout: dict[str, str] 
 
 def _choices(a: str, b: str) -> list[tuple[str, str]]:
     """(label, REF) for A, B and every checkpoint of their runs, each REF once."""
-    from tinylab.checkpoint.reference import resolve_reference, run_references
+    from tinylab.catalog.reference import resolve_reference, run_references
 
     given = {ref: resolve_reference(ref) for ref in (a, b)}
     found = {str(r.path): ref for ref, r in given.items()}

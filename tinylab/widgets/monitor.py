@@ -8,12 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tinylab.plots.escape import table_html
+from tinylab.html.escape import table_html
+from tinylab.html.parts import Html, error_html, figure_html
 from tinylab.plots.style import format_count
 from tinylab.plots.training import loss_curves
 from tinylab.runs.durable import read_lines
 from tinylab.runs.folder import Run
-from tinylab.widgets.html import Html, error_html, figure_html
 
 REST = 15.0
 """The view rests this many times as long as an update took, so that it costs a trainer beside it little."""

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tinylab import plots
-from tinylab.checkpoint.reference import Reference, load_model, load_tokenizer, resolve_reference
+from tinylab.catalog.reference import Reference, load_model, load_tokenizer, resolve_reference
 from tinylab.errors import TinylabError
-from tinylab.evaluate.comparison import Comparison
-from tinylab.plots.escape import escape, table_html
+from tinylab.evaluation.paired import Comparison
+from tinylab.html.escape import escape, table_html
+from tinylab.html.parts import Html, figure_html
 from tinylab.runs.folder import Run
-from tinylab.widgets.html import Html, figure_html
 
 if TYPE_CHECKING:
     import pandas
 
-    from tinylab.data.tokenizer import Tokenizer
+    from tinylab.data.tokenizer.load import Tokenizer
     from tinylab.model.transformer import Llama
 
 FLIP_COLUMNS = ("task", "direction", "margin_a", "margin_b", "prompt", "right answer", "chosen instead", "origin")
@@ -48,7 +48,7 @@ class ComparisonView:
     generations: pandas.DataFrame
     """`prompt`, and the continuation by each model."""
     scores: pandas.DataFrame
-    """The paired table (evaluate/comparison.py); empty when nothing can be compared."""
+    """The paired table (evaluation/paired.py); empty when nothing can be compared."""
     flips: pandas.DataFrame
     """Items that changed side, largest change of margin first."""
     notes: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ def compare_view(
 
 def scored_pair(run: Run) -> tuple[str, str] | None:
     """REFs of the middle and the last checkpoint of a run that have scores; None when fewer than two have."""
-    from tinylab.evaluate.store import ResultStore
+    from tinylab.evaluation.records import ResultStore
 
     scored = {r.header.get("step") for r in ResultStore(run.evaluations_path).records()}
     paths = [path for path in run.checkpoints() if int(path.name.removeprefix("step-")) in scored]
@@ -160,7 +160,7 @@ def scored_pair(run: Run) -> tuple[str, str] | None:
 
 def compare_scores(a: str | Reference, b: str | Reference, store: str | None = None) -> Comparison:
     """The paired comparison of what the stores hold. Raises EvaluationError or NothingFoundError when there is none."""
-    from tinylab.evaluate.compare import compare
+    from tinylab.evaluation.compare import compare
 
     return compare(a, b, store, evaluate_missing=False, progress=False)
 

@@ -1,0 +1,132 @@
+"""Runs training in forked children, so that a hundred kills cost no hundred imports of torch.
+
+Reads one JSON request per line, answers with one JSON line: exit code (negative: killed by that signal), standard
+error, seconds.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+
+import torch
+import torch._dynamo  # the first optimizer would import it in every child
+
+from tinylab.config.io import load_run
+from tinylab.errors import TinylabError
+from tinylab.runs.folder import Run
+from tinylab.training.hooks import Hook
+from tinylab.training.loop import train
+
+assert torch
+
+
+class SignalAt(Hook):
+    """Sends this process a signal in the middle of a step's bookkeeping, once."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self._step, self._number = step, number
+
+    def step(self, record: dict) -> None:
+        if record["step"] == self._step:
+            os.kill(os.getpid(), self._number)
+
+
+class StopFileAt(Hook):
+    """Asks the run to stop by its file."""
+
+    def __init__(self, step: int, run: Run) -> None:
+        self._step, self._run = step, run
+
+    def step(self, record: dict) -> None:
+        if record["step"] == self._step:
+            (self._run.path / "stop").touch()
+
+
+class Draws(Hook):
+    """Draws random numbers after each step, as dropout would: nothing else in a run does."""
+
+    def step(self, record: dict) -> None:
+        torch.rand(3)
+
+
+def run_child(request: dict, stderr: int) -> int:
+    """Train as asked; the exit code."""
+    os.setsid()
+    os.dup2(stderr, 2)
+    faulthandler.dump_traceback_later(60.0, exit=True)  # a hang shows where
+    os.environ.update(request["env"])
+    if request.get("file_bytes"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
+    hooks: list[Hook] = [SignalAt(*request["signal_at"])] if request.get("signal_at") else []
+    run = Run(request["run"])
+    if request.get("draws"):
+        hooks.append(Draws())
+    if request.get("stop_at"):
+        hooks.append(StopFileAt(request["stop_at"], run))
+    try:
+        train(load_run(request["config"]), run, hooks=hooks)
+        return 0
+    except TinylabError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        return 99
+
+
+def start(request: dict, stderr: int) -> list[int]:
+    """Fork the ranks of a job; their process ids."""
+    ranks = request.get("ranks", 1)
+    environments: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environments = [{**job, "RANK": str(rank)} for rank in range(ranks)]
+    pids = []
+    for environment in environments:
+        pid = os.fork()
+        if not pid:
+            os.environ.update(environment)
+            os._exit(run_child(request, stderr))
+        pids.append(pid)
+    return pids
+
+
+def wait(pids: list[int], request: dict) -> int:
+    """The first exit code that is not 0, after a signal to all at its time if one is asked for."""
+    number, after = request.get("kill") or (0, 0.0)
+    deadline = time.monotonic() + (after if number else 120.0)
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] and len(pids) > 1:  # as torchrun does
+                    deadline = min(deadline, time.monotonic() + 5.0)
+        if time.monotonic() >= deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, number or signal.SIGKILL)
+            number, deadline = signal.SIGKILL, time.monotonic() + 60.0
+        time.sleep(0.001)
+    return next((code for code in codes.values() if code), 0)
+
+
+for line in sys.stdin:
+    request = json.loads(line)
+    began = time.monotonic()
+    with tempfile.TemporaryFile(buffering=0) as errors:
+        code = wait(start(request, errors.fileno()), request)
+        errors.seek(0)
+        answer = {"code": code, "stderr": errors.read().decode(), "seconds": time.monotonic() - began}
+    print(json.dumps(answer), flush=True)

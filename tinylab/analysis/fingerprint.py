@@ -1,0 +1,132 @@
+"""What identifies one checkpoint: a SHA-256 per tensor, norms, non-finite values, a small sample of every matrix."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinylab.config.schema import Model
+from tinylab.formats.load import open_weights
+from tinylab.runs.manifest import sha256_file
+
+SAMPLE = 2**20
+"""Values kept of one checkpoint, 4 MB: 154 checkpoints of a series fit into memory together."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """One checkpoint, read once from end to end, one tensor at a time."""
+
+    model: Model
+    dtype: str
+    tokenizer: str | None
+    """SHA-256 of tokenizer.json, or of tokenizer.model; None where neither lies beside the weights."""
+    hashes: dict[str, str]
+    """SHA-256 per tensor, over its shape, dtype and bytes."""
+    norm: float
+    """Euclidean norm of all weights."""
+    nan: int
+    infinite: int
+    zero: tuple[str, ...]
+    """Matrices in which every value is 0."""
+    sample: np.ndarray
+    """The same values of every checkpoint of this shape, fp32; matrices only, an equal number of each."""
+    bounds: np.ndarray
+    """Where each matrix begins in `sample`, and its end."""
+
+    @property
+    def hash(self) -> str:
+        """One SHA-256 over all tensors: equal exactly when every weight is, whatever the files' layout."""
+        lines = "\n".join(f"{name} {self.hashes[name]}" for name in sorted(self.hashes))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Read the checkpoint at `path` (any format that opens here). Raises CheckpointError if it is damaged."""
+    weights = open_weights(path)
+    matrices = [name for name, tensor in sorted(weights.tensors.items()) if len(tensor.shape) == 2]
+    quota = min(max(SAMPLE // max(len(matrices), 1), 64), 65_536)
+    hashes: dict[str, str] = {}
+    samples, zero = [], []
+    square, nan, infinite = 0.0, 0, 0
+    for name, lazy in weights.tensors.items():  # in file order, so that a fused q, k, v is read once
+        tensor = lazy.load().contiguous()
+        hashes[name] = _sha256(tensor)
+        wide = tensor.float()
+        finite = wide.isfinite()
+        if not finite.all():
+            nan += int(wide.isnan().sum())
+            infinite += int(wide.isinf().sum())
+            wide = torch.where(finite, wide, torch.zeros_like(wide))
+        norm = float(torch.linalg.vector_norm(wide, dtype=torch.float64))
+        square += norm * norm
+        if tensor.ndim == 2:
+            samples.append((name, _sample(wide, quota, name)))
+            if norm == 0.0:
+                zero.append(name)
+    samples.sort(key=lambda item: item[0])
+    values = [value for _, value in samples]
+    return Fingerprint(
+        model=weights.model,
+        dtype=str(weights.dtype).removeprefix("torch."),
+        tokenizer=_tokenizer(path),
+        hashes=hashes,
+        norm=square**0.5,
+        nan=nan,
+        infinite=infinite,
+        zero=tuple(sorted(zero)),
+        sample=np.concatenate(values) if values else np.empty(0, np.float32),
+        bounds=np.cumsum([0, *(len(v) for v in values)]),
+    )
+
+
+def _sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sample(wide: Tensor, count: int, name: str) -> np.ndarray:
+    """`count` values of a tensor, at places that depend on its name and size alone; all of a smaller one."""
+    flat = wide.reshape(-1)
+    if flat.numel() <= count:
+        return flat.numpy().copy()
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    places = np.random.default_rng(seed).integers(0, flat.numel(), count)
+    return flat.numpy()[places]
+
+
+def _tokenizer(path: Path) -> str | None:
+    folder = path if path.is_dir() else path.parent
+    found = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    return sha256_file(found) if found else None
+
+
+def distance_matrix(prints: list[Fingerprint]) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and cosines (n, n) between checkpoints of one shape, each the mean over all matrices.
+
+    The distance of two matrices a, b is |a − b| / sqrt(|a|·|b|), from the sampled values: 0 for equal ones, about
+    1.4 for unrelated ones of the same norm.
+    """
+    n = len(prints)
+    distance, cosine = np.zeros((n, n)), np.ones((n, n))
+    if not n:
+        return distance, cosine
+    bounds = prints[0].bounds
+    total = np.zeros((2, n, n))
+    for start, stop in pairwise(bounds):
+        rows = np.stack([p.sample[start:stop] for p in prints]).astype(np.float64)
+        norms = np.maximum(np.linalg.norm(rows, axis=1), 1e-30)
+        for i in range(n):  # differences, not a Gram matrix: near neighbours would cancel in it
+            scale = np.sqrt(norms[i] * norms)
+            total[0, i] += np.linalg.norm(rows - rows[i], axis=1) / scale
+            total[1, i] += rows @ rows[i] / (norms[i] * norms)
+    mean = total / max(len(bounds) - 1, 1)
+    return mean[0], mean[1]

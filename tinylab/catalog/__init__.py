@@ -1,0 +1,1 @@
+"""What can be named: references to models, published milestones, the Hugging Face Hub."""

@@ -1,0 +1,214 @@
+"""REF, the one way to name a model: a folder, RUN, RUN@STEP, RUN@1.5B (tokens), a registry name, a Hub id, a file."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tinylab.config.io import parse_count
+from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
+from tinylab.runs.folder import Run, step_of
+from tinylab.runs.manifest import verify_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinylab.config.schema import RunConfig
+    from tinylab.data.tokenizer.load import Tokenizer
+    from tinylab.model.transformer import Llama
+
+FORMS = (
+    "a model folder (config.json and *.safetensors), RUN, RUN@STEP, RUN@1.5B (tokens), RUN@STAGE, a registry name such "
+    "as tinyllama-1.1b@1T, a Hub id with optional @revision, a lit-gpt .pth or a llama2.c .bin"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A model that was found: a Hugging Face folder on this disk (or one foreign file), and what is known about it."""
+
+    kind: Literal["folder", "run", "registry", "hub", "litgpt", "llama2c"]
+    """Which form of REF it was."""
+    path: Path
+    """The folder, or the `.pth` or `.bin` file."""
+    label: str
+    """Short name in tables, e.g. `demo@500`."""
+    step: int | None = None
+    """Optimizer steps before it."""
+    tokens: int | None = None
+    """Tokens before it, over all ranks."""
+    stage: str | None = None
+    """Stage of the run that made it."""
+    run: Path | None = None
+    """Folder of the run that made it."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: a nearest match, a damaged newer checkpoint."""
+
+
+def resolve_reference(ref: str | Path | Reference) -> Reference:
+    """The model that REF names. A run's checkpoint is checked against its manifest first.
+
+    Raises NothingFoundError for what does not exist (naming what does), CheckpointError for a damaged checkpoint.
+    """
+    if isinstance(ref, Reference):
+        return ref
+    text = str(ref)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return _foreign_file(path.absolute())
+    if (path / "config.json").is_file() or (path / "lit_model.pth").is_file():
+        return _folder(path.absolute())
+    name, at, place = text.rpartition("@")
+    run = Run(name if at else text)
+    if run.exists():
+        return _of_run(run, place) if at else _newest(run)
+    run = Run(text)
+    if run.exists():
+        return _newest(run)
+    if path.exists():
+        raise NothingFoundError(f"{path} must be a model or a run; found no config.json and no config.toml in it")
+    return _elsewhere(text)
+
+
+def run_references(run: Run) -> list[Reference]:
+    """Every complete checkpoint of a run, oldest first, not verified. Raises NothingFoundError when there is none."""
+    config = run.config
+    found = [_checkpoint(run, config, path) for path in run.checkpoints()]
+    if not found:
+        raise NothingFoundError(
+            f"{run.path} must hold a committed checkpoint; found none yet. Train it further: tinylab train {run.name}"
+        )
+    return found
+
+
+def _checkpoint(run: Run, config: RunConfig, path: Path) -> Reference:
+    step = step_of(path.name)
+    assert step is not None, path
+    stage = config.stages[config.stage_index(min(max(step, 1), config.steps))].name
+    return Reference(
+        kind="run",
+        path=path,
+        label=f"{run.name}@{step}",
+        step=step,
+        tokens=config.tokens_at(step),
+        stage=stage,
+        run=run.path,
+    )
+
+
+def _verified(reference: Reference) -> Reference:
+    problems = verify_folder(reference.path)
+    if problems:
+        raise CheckpointError(f"{reference.label} must equal its manifest; found damage: " + "; ".join(problems))
+    return reference
+
+
+def _newest(run: Run) -> Reference:
+    notes: list[str] = []
+    for reference in reversed(run_references(run)):
+        try:
+            return replace(_verified(reference), notes=tuple(notes))
+        except CheckpointError as error:
+            notes.append(str(error))
+    raise CheckpointError(f"{run.path} must hold an undamaged checkpoint; found none: " + "; ".join(notes))
+
+
+def _of_run(run: Run, place: str) -> Reference:
+    """A stage is its last checkpoint, a plain integer a step that must exist, a count with a suffix the nearest one."""
+    known = run_references(run)
+    stages = {r.stage: r for r in known}
+    if place in stages and not place.isdecimal():
+        return _verified(stages[place])
+    wanted = parse_count(place, f"{run.name}@{place} names no stage ({', '.join(map(str, stages))}); else it")
+    if place.strip()[-1:].isdigit():
+        for reference in known:
+            if reference.step == wanted:
+                return _verified(reference)
+        steps = ", ".join(str(r.step) for r in known)
+        raise NothingFoundError(f"{run.name} has no checkpoint at step {wanted}; it has steps {steps}")
+    nearest = min(known, key=lambda r: abs((r.tokens or 0) - wanted))
+    note = f"{run.name}@{place}: the nearest checkpoint is step {nearest.step}, after {nearest.tokens:,} tokens"
+    return _verified(nearest if nearest.tokens == wanted else replace(nearest, notes=(note,)))
+
+
+def _folder(path: Path) -> Reference:
+    """A model folder; one inside a run knows its step."""
+    run = Run(path.parent.parent)
+    if step_of(path.name) is not None and path.parent.name == "checkpoints" and run.exists():
+        return _verified(_checkpoint(run, run.config, path))
+    kind = "litgpt" if (path / "lit_model.pth").is_file() else "folder"
+    return Reference(kind=kind, path=path, label=path.name)
+
+
+def _foreign_file(path: Path) -> Reference:
+    kinds: dict[str, Literal["litgpt", "llama2c"]] = {".pth": "litgpt", ".bin": "llama2c"}
+    if path.suffix not in kinds:
+        raise NothingFoundError(f"{path} is no model that tinylab can name; REF is {FORMS}")
+    return Reference(kind=kinds[path.suffix], path=path, label=path.stem)
+
+
+def _elsewhere(text: str) -> Reference:
+    """A registry name or a Hub id; anything else was meant as a local name."""
+    from tinylab.catalog import hub
+    from tinylab.catalog import milestones as registry
+
+    milestone = registry.find(text)
+    if milestone is not None and milestone.repository is not None:
+        if milestone.architecture != "llama":
+            raise CheckpointError(
+                f"{milestone.name} must be a Llama to open here; it is a {milestone.architecture}, listed to compare: "
+                f"open {milestone.repository} at revision {milestone.revision} with transformers"
+            )
+        return Reference(
+            kind="registry",
+            path=hub.fetch(milestone.repository, milestone.revision),
+            label=milestone.name,
+            step=milestone.step,
+            tokens=milestone.tokens,
+            stage=milestone.stage,
+            notes=(milestone.note,) if milestone.note else (),
+        )
+    name, _, revision = text.partition("@")
+    inside_a_folder = Path(name).parent != Path(".") and Path(name).parent.is_dir()
+    if text.startswith(("/", ".", "~")) or inside_a_folder or not _HUB_ID.fullmatch(name):
+        raise NothingFoundError(f"nothing is called {text}; REF is {FORMS}")
+    return Reference(kind="hub", path=hub.fetch(name, revision or None), label=text)
+
+
+def load_model(
+    ref: str | Path | Reference, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Llama:
+    """The model that REF names, in eval mode: a call on ids (B, T) gives logits (B, T, V). dtype absent: as stored.
+
+    Notes of the reference, such as a nearest match, are logged as warnings. Raises ConfigError for a device that torch
+    cannot use here; else as `resolve_reference` and `open_weights`.
+    """
+    import torch
+
+    from tinylab.formats.load import open_weights
+    from tinylab.formats.tensors import load_weights
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device must be one that torch can use here; found {str(device)!r}: {reason}") from error
+    reference = resolve_reference(ref)
+    for note in reference.notes:
+        logging.getLogger(__name__).warning(note)
+    return load_weights(open_weights(reference.path), device, dtype)
+
+
+def load_tokenizer(ref: str | Path | Reference) -> Tokenizer:
+    """The tokenizer of the model that REF names. Raises NothingFoundError when none lies beside it."""
+    from tinylab.data.tokenizer.load import load_tokenizer_file
+
+    reference = resolve_reference(ref)
+    folder = reference.path if reference.path.is_dir() else reference.path.parent
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise NothingFoundError(f"{folder} must hold tokenizer.json or tokenizer.model beside the model; found neither")
+    return load_tokenizer_file(folder)

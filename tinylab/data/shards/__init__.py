@@ -1,0 +1,1 @@
+"""Prepared tokens on disk: their format, writer, reader and integrity."""

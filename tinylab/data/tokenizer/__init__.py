@@ -1,0 +1,1 @@
+"""Tokenizers: trained, loaded, checked against their reference, fast."""

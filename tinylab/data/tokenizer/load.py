@@ -1,0 +1,123 @@
+"""Tokenizers: train one, load one; see encoding.py for what they do.
+
+Every load is compared with SentencePiece where there is a `tokenizer.model`, because look-alikes are silent:
+transformers' conversion of Llama's file decodes to the right text and has other ids on most source files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tinylab.data.tokenizer import sentencepiece_model as spm
+from tinylab.data.tokenizer.adversarial import SAMPLE
+from tinylab.data.tokenizer.encode import CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer
+from tinylab.errors import DataError
+
+__all__ = ["Tokenizer", "fetch_tokenizer", "load_tokenizer_file", "train_tokenizer"]
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A Llama-style BPE of exactly `vocab_size` entries trained on `texts` (see sentencepiece_model.train)."""
+    model = spm.train(texts, vocab_size)
+    return _with_model(spm.serialize(model), None, {})
+
+
+def load_tokenizer_file(path: str | Path) -> Tokenizer:
+    """The tokenizer in a folder (tokenizer.model, tokenizer.json) or file, compared with SentencePiece if it can be.
+
+    Where there is a tokenizer.model it is the reference: a tokenizer.json that gives other ids is replaced by one
+    rebuilt from the model, and if that differs too SentencePiece itself encodes; `notes` says so.
+    Raises DataError when there is nothing to load or it cannot be read.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"a tokenizer must be a folder or file that exists; found nothing at {path}")
+    folder = path if path.is_dir() else path.parent
+    beside = path.is_dir() or path.name in (JSON_FILE, MODEL_FILE)
+    json_file = path if path.suffix == ".json" else folder / JSON_FILE
+    model_file = path if path.suffix == ".model" else folder / MODEL_FILE
+    json_text = _read(json_file) if json_file == path or (beside and json_file.exists()) else None
+    model = _read(model_file) if model_file == path or (beside and model_file.exists()) else None
+    if json_text is None and model is None:
+        raise DataError(f"{path} must be or hold {JSON_FILE} or {MODEL_FILE}; found neither")
+    settings: dict[str, Any] = {}
+    if beside and (folder / CONFIG_FILE).exists():
+        settings = _parse_json(folder / CONFIG_FILE, _read(folder / CONFIG_FILE))
+    if json_text is not None:
+        _parse_json(json_file, json_text)
+    try:
+        text = None if json_text is None else json_text.decode()
+        if model is not None:
+            return _with_model(model, text, settings)
+        return Tokenizer(json_text=text, settings=settings).accelerate()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def fetch_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: a folder or file, else a Hub id with optional revision (`owner/name@revision`).
+
+    Raises DataError when it is neither, or the Hub cannot be reached and the cache has no copy.
+    """
+    match = _HUB_ID.fullmatch(name)
+    if Path(name).expanduser().exists() or not match:
+        return load_tokenizer_file(name)
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            match[1], revision=match[2], allow_patterns=[JSON_FILE, MODEL_FILE, CONFIG_FILE]
+        )
+    except Exception as error:  # not found, offline, gated, no connection: many kinds, none of a common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"tokenizer {name} must be a local folder or file, or a Hub id that can be reached; found: {reason}. "
+            'Check the name, network and login (hf auth login), or set data.tokenizer to a local copy or to "train"'
+        ) from error
+    return load_tokenizer_file(folder)
+
+
+def _with_model(model: bytes, json_text: str | None, settings: dict[str, Any]) -> Tokenizer:
+    """The first of tokenizer.json, the rebuilt one and SentencePiece itself that gives SentencePiece's ids."""
+    notes: list[str] = []
+    parsed = spm.parse(model)
+    reason = parsed.why_not_rebuilt()
+    candidates: list[tuple[str, Callable[[], str]]] = []
+    if json_text is not None:
+        candidates.append((JSON_FILE, lambda: json_text))
+    if reason is None:
+        candidates.append(("the tokenizer rebuilt from tokenizer.model", lambda: spm.rebuild(parsed).to_str()))
+    else:
+        notes.append(f"tokenizer.model is encoded by SentencePiece itself: {reason}")
+    for name, make in candidates:
+        tokenizer = Tokenizer(json_text=make(), model=model, settings=settings).check(SAMPLE)
+        if tokenizer.backend == "tokenizers":
+            tokenizer.notes = notes
+            return tokenizer.accelerate()
+        notes += [f"{name}: {note.partition('; using')[0]}" for note in tokenizer.notes]
+    tokenizer = Tokenizer(model=model, settings=settings)
+    tokenizer.notes = [*notes, "using sentencepiece"] if candidates else notes
+    return tokenizer
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} must be readable; found: {error.strerror}. Check its permissions") from error
+
+
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} must be JSON; found: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must be a JSON object; found {type(value).__name__}")
+    return value

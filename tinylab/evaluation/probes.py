@@ -1,0 +1,267 @@
+"""Offline multiple choice from held-out documents: what a model of any size can be scored on without a download.
+
+`continuation`: which of four passages goes on with this text? `code`: which of four blocks goes on with this source
+file? `docstring`: which of four docstrings belongs here? The group `probes` is the first two; `docstring`, asked for by
+name, stays near chance for models of a few million parameters. Items depend on the data's fingerprint and the seed
+alone. The wrong answers are right answers of other items, from other documents where these give three.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tinylab.data.shards.reader import ShardSet
+from tinylab.data.tokenizer.load import Tokenizer, load_tokenizer_file
+from tinylab.errors import CheckpointError, DataError
+from tinylab.runs.durable import read_lines, write_atomic
+
+VERSION = 2
+"""Of the construction below: another version is another task."""
+N_ITEMS = 200
+MIN_ITEMS = 20
+N_CHOICES = 4
+CONTEXT_TOKENS = 80
+CHOICE_TOKENS = 40
+"""Both together stay far below the 256 tokens of the smallest preset, with room for another tokenizer's spelling."""
+MIN_CONTEXT_TOKENS, MIN_CHOICE_TOKENS = 32, 24
+MIN_DOCSTRING_TOKENS = 6
+WINDOWS_PER_DOCUMENT = 32
+"""So many that a handful of long source files gives a whole probe; short of it, every document gives one first."""
+NEAR_IN_LENGTH = 12
+"""A wrong docstring is drawn among this many nearest in length."""
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_WORD = re.compile(r"\w+")
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+_LINE_END = re.compile(r"(?<=\S)\n(?=[^\S\n]*\S)")
+"""Between two lines that are not blank: an indent belongs to the line it begins."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A context, its true answer, and where both come from."""
+
+    context: str
+    answer: str
+    origin: str
+    document: str
+    """Key of the document; wrong answers come from other documents if possible."""
+    answer_tokens: int
+
+
+def build_probes(shards: ShardSet, n_items: int = N_ITEMS, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Items of every probe that the validation split can give at least 20 of, by task.
+
+    An item: `id, context, choices (4), gold, origin, origins (of the choices)`. Kept under DATA/probes as JSON Lines
+    beside an lm-eval YAML file. Raises DataError when no probe is possible.
+    """
+    built: dict[str, list[dict[str, Any]]] = {}
+    problems = []
+    for task in _PASSAGES:
+        try:
+            built[task] = build_probe(shards, task, n_items, seed)
+        except DataError as error:
+            problems.append(str(error))
+    if not built:
+        raise DataError("; ".join(problems))
+    return built
+
+
+def build_probe(shards: ShardSet, task: str, n_items: int = N_ITEMS, seed: int = 0) -> list[dict[str, Any]]:
+    """Items of one probe, read from DATA/probes where they were built before; fewer than `n_items` in a small split.
+
+    Raises DataError naming how many there are when fewer than 20 are possible.
+    """
+    folder = shards.path / "probes" / f"v{VERSION}-n{n_items}-seed{seed}"
+    path = folder / f"{task}.jsonl"
+    if path.is_file():
+        return read_lines(path)[0]
+    rng = random.Random(f"{shards.fingerprint}:{task}:{seed}:{VERSION}")
+    tokenizer = load_tokenizer_file(shards.tokenizer_path)
+    passages = _spread(list(_PASSAGES[task](documents(shards, tokenizer), tokenizer)), n_items, rng)
+    items = _items(task, passages, rng)
+    if len(items) < MIN_ITEMS:
+        raise DataError(
+            f"the probe {task} needs at least {MIN_ITEMS} items from the validation split of {shards.path}; "
+            f"it gives {len(items)}. Prepare more data, or raise data.validation_fraction"
+        )
+    _keep(folder, path, task, items)
+    return items
+
+
+def word_overlap(items: list[dict[str, Any]]) -> float:
+    """Accuracy of choosing, without a model, the choice that shares most different words with the context.
+
+    Choices that share equally many count in parts. A model that does no better has learned nothing but topics.
+    """
+    right = 0.0
+    for item in items:
+        known = set(_WORD.findall(item["context"].lower()))
+        shared = [len(known & set(_WORD.findall(choice.lower()))) for choice in item["choices"]]
+        right += (shared[item["gold"]] == max(shared)) / shared.count(max(shared))
+    return right / len(items)
+
+
+def documents(shards: ShardSet, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """(text, origin) of every validation document, in the order of the shards."""
+    boundary = {shards.manifest["tokenizer"]["bos_id"], shards.manifest["tokenizer"]["eos_id"]}
+    for name in shards.sources:
+        stream = shards.stream("validation", name)
+        for i in range(stream.n_documents):
+            ids = [int(t) for t in stream.document_text_ids(i)]
+            yield tokenizer.decode([t for t in ids if t not in boundary]), stream.document_origin(i)
+
+
+def _continuations(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:
+    """Windows of prose, cut at single spaces."""
+    for text, origin in texts:
+        if not _is_code(text, origin):
+            yield from _windows(text, origin, _SPACE, tokenizer)
+
+
+def _blocks(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:
+    """Windows of Python source, cut at the ends of lines."""
+    for text, origin in texts:
+        if _is_code(text, origin):
+            yield from _windows(text, origin, _LINE_END, tokenizer)
+
+
+def _windows(text: str, origin: str, cut: re.Pattern[str], tokenizer: Tokenizer) -> Iterator[Passage]:
+    """Windows one after another: a context of 32 to 80 tokens and the 24 to 40 behind it, both between cuts.
+
+    `cut` matches the one character between two pieces; it is left out between context and answer.
+    """
+    ends = [-1, *(m.start() for m in cut.finditer(text)), len(text)]
+    costs = [len(ids) for ids in tokenizer.encode_batch([text[a + 1 : b] for a, b in pairwise(ends)])]
+    first = windows = 0
+    while windows < WINDOWS_PER_DOCUMENT and first < len(costs):
+        middle = _advance(costs, first, CONTEXT_TOKENS)
+        stop = _advance(costs, middle, CHOICE_TOKENS)
+        answer_cost = sum(costs[middle:stop])
+        if sum(costs[first:middle]) < MIN_CONTEXT_TOKENS or answer_cost < MIN_CHOICE_TOKENS:
+            first += 1  # a long line, or the end of the document
+            continue
+        context, answer = text[ends[first] + 1 : ends[middle]], text[ends[middle] + 1 : ends[stop]]
+        yield Passage(context, answer, origin, origin, answer_cost)
+        first, windows = stop, windows + 1
+
+
+def _advance(costs: list[int], start: int, budget: int) -> int:
+    """The furthest index that `budget` tokens reach from piece `start`."""
+    while start < len(costs) and costs[start] <= budget:
+        budget -= costs[start]
+        start += 1
+    return start
+
+
+def _is_code(text: str, origin: str) -> bool:
+    """Whether a document is Python: by its name, or because it parses and defines something."""
+    return origin.endswith(".py") or bool(_definitions(text))
+
+
+def _definitions(text: str) -> list[Definition]:
+    """Definitions in a Python text; none when it does not parse."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    return [n for n in ast.walk(tree) if isinstance(n, Definition)]
+
+
+def _docstrings(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:
+    """Functions and classes without their docstring, and its first paragraph of 6 to 40 tokens."""
+    for text, origin in texts:
+        for node in _definitions(text):
+            answer = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            cost = len(tokenizer.encode(answer))
+            if not MIN_DOCSTRING_TOKENS <= cost <= CHOICE_TOKENS:
+                continue
+            code = _without_docstring(text, node)
+            lines, left = [], CONTEXT_TOKENS
+            for line in code:
+                left -= len(tokenizer.encode(line)) + 1
+                if left < 0:
+                    break
+                lines.append(line)
+            if len(lines) < 2 or answer in "\n".join(lines):
+                continue
+            context = "\n".join(lines) + "\n\nDocstring:"
+            yield Passage(context, answer, f"{origin}:{node.lineno} {node.name}", origin, cost)
+
+
+def _without_docstring(text: str, node: Definition) -> list[str]:
+    """Source lines of a definition, dedented, its docstring and blank lines left out."""
+    lines = text.splitlines()
+    first, doc = node.lineno - 1, node.body[0]
+    kept = lines[first : doc.lineno - 1] + lines[doc.end_lineno or doc.lineno : node.end_lineno]
+    return [line[node.col_offset :] for line in kept if line.strip()]
+
+
+_PASSAGES: dict[str, Callable[[Iterator[tuple[str, str]], Tokenizer], Iterator[Passage]]] = {
+    "continuation": _continuations,
+    "code": _blocks,
+    "docstring": _docstrings,
+}
+
+
+def _spread(passages: list[Passage], count: int, rng: random.Random) -> list[Passage]:
+    """Up to `count` passages with different answers, as many documents as possible before a second of any."""
+    by_document: dict[str, list[Passage]] = {}
+    seen: set[str] = set()
+    for passage in passages:
+        if passage.answer not in seen:
+            seen.add(passage.answer)
+            by_document.setdefault(passage.document, []).append(passage)
+    groups = list(by_document.values())
+    rng.shuffle(groups)
+    for group in groups:
+        rng.shuffle(group)
+    rounds = max((len(g) for g in groups), default=0)
+    return [g[r] for r in range(rounds) for g in groups if r < len(g)][:count]
+
+
+def _items(task: str, passages: list[Passage], rng: random.Random) -> list[dict[str, Any]]:
+    """Each passage with three answers of other documents near in length, the right one at balanced places."""
+    places = [i % N_CHOICES for i in range(len(passages))]
+    rng.shuffle(places)
+    items = []
+    for passage, gold in zip(passages, places, strict=True):
+        others = [p for p in passages if p.document != passage.document]
+        if len(others) < N_CHOICES - 1:
+            others = [p for p in passages if p is not passage]
+        others.sort(key=lambda p: (abs(p.answer_tokens - passage.answer_tokens), p.origin, p.answer))
+        if len(others) < N_CHOICES - 1:
+            return []
+        chosen = rng.sample(others[:NEAR_IN_LENGTH], N_CHOICES - 1)
+        chosen.insert(gold, passage)
+        identity = hashlib.sha256(json.dumps([p.answer for p in chosen] + [passage.context]).encode()).hexdigest()
+        items.append(
+            {"id": f"{task}-{identity[:12]}", "context": passage.context, "choices": [p.answer for p in chosen]}
+            | {"gold": gold, "origin": passage.origin, "origins": [p.origin for p in chosen]}
+        )
+    return items
+
+
+def _keep(folder: Path, path: Path, task: str, items: list[dict[str, Any]]) -> None:
+    """Write items and YAML beside the data; a folder that cannot be written only costs building them again."""
+    from tinylab.evaluation.tasks import probe_config
+
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    config = probe_config(task) | {"dataset_kwargs": {"data_files": {"validation": str(path)}}}
+    with contextlib.suppress(OSError, CheckpointError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path.with_suffix(".yaml"), json.dumps(config, indent=1) + "\n")  # JSON is YAML
+        write_atomic(path, lines)

@@ -1,0 +1,205 @@
+"""lit-gpt's model configuration, both ways: `model_config.yaml`, `lit_config.json`, or TinyLlama's known shapes."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinylab.config.presets import tinyllama_1b, tinyllama_120m
+from tinylab.config.schema import Model, RopeScaling
+from tinylab.errors import CheckpointError, ConfigError
+from tinylab.formats.huggingface import model_from_config
+from tinylab.runs.durable import write_atomic
+
+MAX_BYTES = 200_000
+KNOWN = {"tiny_LLaMA_1b": tinyllama_1b().model, "tiny_LLaMA_120M": tinyllama_120m().model}
+"""TinyLlama's models by the name in its `.pth` (hparams) and lit_gpt/config.py."""
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "norm_class_name": ("RMSNorm",),
+    "_norm_class": ("RMSNorm", "FusedRMSNorm"),
+    "mlp_class_name": ("LLaMAMLP",),
+    "_mlp_class": ("LLaMAMLP",),
+    "bias": (False,),
+    "attn_bias": (False,),
+    "lm_head_bias": (False,),
+    "parallel_residual": (False,),
+    "shared_attention_norm": (False,),
+    "rotary_percentage": (1.0,),
+    "norm_qk": (False,),
+    "norm_1": (True,),
+    "norm_2": (True,),
+    "post_attention_norm": (False,),
+    "post_mlp_norm": (False,),
+    "scale_embeddings": (False,),
+    "rope_interleave": (False,),
+    "n_expert": (0,),
+    "sliding_window_size": (),
+    "attention_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "latent_attention": (),
+    "rope_local_base_freq": (),
+    "rope_indices": (),
+}
+"""Keys that must have one of these values, or be null or absent: everything else would be another model."""
+_DEFAULTS = {
+    ("norm_class_name", "_norm_class"): "LayerNorm",
+    ("mlp_class_name", "_mlp_class"): "GptNeoxMLP",
+    ("rotary_percentage",): "0.25",
+    ("parallel_residual",): "true",
+}
+"""Keys that must not be absent, by any of their names: litgpt would then build another model."""
+
+
+def find_config(file: Path, archive: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Model:
+    """The configuration of a `.pth`: in it, beside it, or that of a TinyLlama model it names or exactly looks like.
+
+    Raises CheckpointError when none is found: the head size cannot be told from the weights.
+    """
+    if isinstance(archive.get("config"), dict):
+        return model_from_litgpt(archive["config"], f"{file}: config")
+    for name in ("model_config.yaml", "lit_config.json"):
+        if (file.parent / name).is_file():
+            return model_from_litgpt(_read(file.parent / name), str(file.parent / name))
+    if (file.parent / "config.json").is_file():
+        return model_from_config(file.parent / "config.json")
+    hparams = archive.get("hparams")
+    named = hparams.get("model_name") if isinstance(hparams, dict) else None
+    if isinstance(named, str) and named in KNOWN:
+        return KNOWN[named]
+    for model in KNOWN.values():
+        rows = (model.n_head + 2 * model.n_kv_head) * model.head_size
+        expected = {
+            "transformer.wte.weight": (model.vocab_size, model.d_model),
+            "transformer.h.0.attn.attn.weight": (rows, model.d_model),
+            "transformer.h.0.mlp.swiglu.w1.weight": (model.d_ff, model.d_model),
+            f"transformer.h.{model.n_layer - 1}.norm_2.weight": (model.d_model,),
+        }
+        if f"transformer.h.{model.n_layer}.norm_1.weight" not in shapes and expected.items() <= shapes.items():
+            return model
+    raise CheckpointError(
+        f"{file} must come with its configuration, since heads cannot be counted from weights; found none. "
+        f"Put litgpt's model_config.yaml, lit_config.json or a Hugging Face config.json into {file.parent}"
+    )
+
+
+def model_from_litgpt(values: Mapping[str, Any], where: str) -> Model:
+    """The model that litgpt's Config fields describe. Raises CheckpointError naming all that is no plain Llama."""
+    problems = []
+    for key, allowed in _FIXED.items():
+        if values.get(key) is not None and values[key] not in allowed:
+            wanted = " or ".join(map(repr, allowed)) or "null"
+            problems.append(f"{key} must be {wanted}; found {reprlib.repr(values[key])}")
+    for names, default in _DEFAULTS.items():
+        if not any(name in values for name in names):
+            problems.append(f"{names[0]} must be given; litgpt's default is {default}")
+    heads = values.get("n_head")
+    try:
+        width = _count(values, "n_embd")
+        size = _count(values, "head_size", width // _count(values, "n_head"))
+        if values.get("attention_scores_scalar") not in (None, size):
+            problems.append(f"attention_scores_scalar must be null or the head size {size}")
+        if problems:
+            raise CheckpointError(f"{where} must describe a Llama that tinylab computes exactly: {'; '.join(problems)}")
+        return Model(
+            vocab_size=_count(values, "padded_vocab_size"),
+            n_layer=_count(values, "n_layer"),
+            d_model=width,
+            n_head=_count(values, "n_head"),
+            n_kv_head=_count(values, "n_query_groups", heads),
+            d_ff=_count(values, "intermediate_size"),
+            d_head=None if size * values["n_head"] == width else size,
+            seq_len=_count(values, "block_size"),
+            norm_eps=float(values.get("norm_eps", 1e-5)),
+            rope_theta=float(values.get("rope_base", 10_000)),
+            rope_scaling=_scaling(values),
+        )
+    except (ConfigError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where} must hold litgpt's model configuration; found a problem: {error}") from error
+
+
+def _count(values: Mapping[str, Any], key: str, default: Any = None) -> int:
+    value = values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key} must be a whole number; found {reprlib.repr(value)}")
+    return value
+
+
+def _scaling(values: Mapping[str, Any]) -> RopeScaling | None:
+    """Linear scaling from `rope_condense_ratio` or a lone factor; Llama 3's from its four values."""
+    ratio = values.get("rope_condense_ratio", values.get("condense_ratio", 1))
+    changed = values.get("rope_adjustments")
+    if not changed:
+        return None if ratio == 1 else RopeScaling(rope_type="linear", factor=float(ratio))
+    if ratio != 1:
+        raise ValueError("rope_condense_ratio and rope_adjustments exclude each other")
+    if set(changed) == {"factor"}:
+        return RopeScaling(rope_type="linear", factor=float(changed["factor"]))
+    if set(changed) != {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}:
+        raise ValueError(f"rope_adjustments must be linear or Llama 3's; found {', '.join(map(str, changed))}")
+    return RopeScaling(
+        rope_type="llama3",
+        factor=float(changed["factor"]),
+        low_freq_factor=float(changed["low_freq_factor"]),
+        high_freq_factor=float(changed["high_freq_factor"]),
+        original_seq_len=int(changed["original_max_seq_len"]),
+    )
+
+
+def model_to_litgpt(model: Model) -> dict[str, Any]:
+    """litgpt's Config fields of a model, plain values only; `Config(**fields)` builds it."""
+    scaling, adjustments = model.rope_scaling, None
+    if scaling is not None and scaling.rope_type == "llama3":
+        adjustments = {
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_seq_len": scaling.original_seq_len,
+        }
+    elif scaling is not None:
+        adjustments = {"factor": scaling.factor}
+    return {
+        "name": "tinylab",
+        "block_size": model.seq_len,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": model.vocab_size,
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "head_size": model.head_size,
+        "n_embd": model.d_model,
+        "n_query_groups": model.n_kv_head,
+        "intermediate_size": model.d_ff,
+        "rotary_percentage": 1.0,
+        "parallel_residual": False,
+        "bias": False,
+        "norm_class_name": "RMSNorm",
+        "norm_eps": model.norm_eps,
+        "mlp_class_name": "LLaMAMLP",
+        "rope_base": int(model.rope_theta) if model.rope_theta.is_integer() else model.rope_theta,
+        "rope_condense_ratio": 1,
+        "rope_adjustments": adjustments,
+    }
+
+
+def write_yaml(values: Mapping[str, Any], path: Path) -> None:
+    """Plain values as YAML: JSON scalars, which are YAML, one key a line. Raises CheckpointError on a full disk."""
+    write_atomic(path, "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """A small YAML or JSON object. Raises CheckpointError for anything else."""
+    import yaml
+
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path} must be at most {MAX_BYTES} bytes; found {path.stat().st_size}")
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(f"cannot read the model's configuration {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold named values; found {type(values).__name__}")
+    return values

@@ -1,0 +1,206 @@
+"""A checkpoint that is opened but not read: names, shapes and functions that read one tensor. So models stream.
+
+Every reader of a foreign format gives `Weights` under Hugging Face's names; one function makes the model of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinylab.config.schema import Model
+from tinylab.errors import CheckpointError
+from tinylab.formats.huggingface import name_map
+from tinylab.formats.mapping import map_parts
+from tinylab.model.transformer import Llama
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+"""Buffers that follow from the configuration; old checkpoints hold them."""
+_SHOWN = 200
+_MAPPED_BYTES = 2**20
+"""Smaller parameters are copied: they cost nothing, and a small model depends on no file and no alignment."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Shape, dtype and a function that reads the values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    """Reads the tensor from the file, on the CPU; callers only read it."""
+    storage: str | None = None
+    """Equal for tensors that are the same bytes of the file; None where the format cannot share."""
+    place: tuple[Path, int] | None = None
+    """File and byte where the values stand in order, as they are in memory; None where they must be made."""
+
+    @classmethod
+    def stored(cls, path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+        """Values that stand in order in a file, from byte `start`."""
+
+        def load() -> Tensor:
+            values = torch.empty(shape, dtype=dtype)
+            read_values(path, start, values)
+            return values
+
+        return cls(shape, dtype, load, place=(path, start))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model's configuration and its tensors under Hugging Face's names, not read yet."""
+
+    model: Model
+    tensors: Mapping[str, LazyTensor]
+    origin: str
+    """The file or folder, for messages."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype stored; float32 if the tensors have several."""
+        kinds = {t.dtype for t in self.tensors.values()}
+        return kinds.pop() if len(kinds) == 1 else torch.float32
+
+    def check(self) -> Weights:
+        """These weights, exactly the tensors of their configuration: a tied head and rotary buffers are left out.
+
+        Raises CheckpointError listing all missing, unexpected and misshaped tensors together, and for a tied head
+        that is stored and differs from the embedding.
+        """
+        layers = {int(found[1]) for found in map(_LAYER.match, self.tensors) if found}
+        if self.model.n_layer > 2 * len(layers) + 8:  # before the names of a billion layers are made
+            raise CheckpointError(
+                f"{self.origin} must hold the {self.model.n_layer} layers of its configuration; found {len(layers)}"
+            )
+        expected = {part: shape for parts in name_map(self.model).values() for part, shape in parts}
+        repeated = {"lm_head.weight"} if self.model.tie_embeddings else set()
+        kept = {n: t for n, t in self.tensors.items() if n not in repeated and not _DERIVED.fullmatch(n)}
+        check_shapes({n: t.shape for n, t in kept.items()}, expected, self.origin)
+        bad = sorted(f"{n} ({t.dtype})" for n, t in kept.items() if not t.dtype.is_floating_point)
+        if bad:
+            raise CheckpointError(f"{self.origin} must hold floating-point tensors; found {', '.join(bad[:20])}")
+        for name in repeated & self.tensors.keys():
+            self._check_tie(self.tensors[name], kept["model.embed_tokens.weight"])
+        return replace(self, tensors=kept)
+
+    def _check_tie(self, head: LazyTensor, embed: LazyTensor) -> None:
+        if head.storage is not None and head.storage == embed.storage:
+            return
+        if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not torch.equal(*map(_bytes, (head, embed))):
+            raise CheckpointError(
+                f"{self.origin}: the configuration ties the embeddings, so lm_head.weight must equal "
+                "model.embed_tokens.weight; they differ. Untie them in the configuration, or remove lm_head.weight"
+            )
+
+
+def _bytes(tensor: LazyTensor) -> Tensor:
+    return tensor.load().contiguous().flatten().view(torch.uint8)
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise CheckpointError listing every missing, unexpected and misshaped tensor of `found` together."""
+    lines = [f"missing: {n} {list(expected[n])}" for n in expected if n not in found]
+    lines += [f"unexpected: {n[:200]} {list(found[n])}" for n in found if n not in expected]
+    lines += [
+        f"misshaped: {n} must be {list(expected[n])}, found {list(found[n])}"
+        for n in expected
+        if n in found and tuple(found[n]) != tuple(expected[n])
+    ]
+    if lines:
+        rest = [f"… and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        raise CheckpointError(
+            f"{where} must hold exactly the tensors of its configuration; found {len(lines)} differences. "
+            "Check that weights and configuration belong together:\n  " + "\n  ".join(lines[:_SHOWN] + rest)
+        )
+
+
+def read_values(path: Path, start: int, out: Tensor) -> None:
+    """Fill `out` (on the CPU, its elements in order) from byte `start`: no mapping, no copy between. Other threads run.
+
+    Raises CheckpointError when the file cannot be read or ends before.
+    """
+    rest = out.detach().reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
+    if rest:
+        raise CheckpointError(f"{path} ends {len(rest)} bytes too early: it changed. Copy the file again")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside: a model being built is all live objects, and looking through them and all of
+    torch's takes longer than opening 1.1B parameters does."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@torch.no_grad()
+def load_weights(
+    weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, copy: bool = False
+) -> Llama:
+    """The model in eval mode, filled tensor by tensor: the model once in memory, plus one tensor.
+
+    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more that lie in one file
+    are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
+    Raises CheckpointError listing every tensor that does not fit.
+    """
+    weights = weights.check()
+    with _no_collection():
+        model = Llama.empty(weights.model, device, dtype or weights.dtype)
+    on_cpu = torch.device(device).type == "cpu"
+    to_read: list[tuple[Path, int, Tensor]] = []
+    for name, parts in name_map(weights.model).items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        target = module.get_parameter("weight")
+        tensors = [weights.tensors[part] for part, _ in parts]
+        mapped = _map(tensors, target) if on_cpu and not copy else None
+        if mapped is not None:
+            module.register_parameter("weight", torch.nn.Parameter(mapped))
+            continue
+        for tensor, rows in zip(tensors, target.split([shape[0] for _, shape in parts]), strict=True):
+            if on_cpu and tensor.place is not None and tensor.dtype == rows.dtype:
+                to_read.append((*tensor.place, rows))
+            else:
+                rows.copy_(tensor.load())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # memory is new: most of the time goes into its pages
+        list(pool.map(lambda job: read_values(*job), to_read))
+    if weights.model.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model.eval()
+
+
+def _map(tensors: list[LazyTensor], target: Tensor) -> Tensor | None:
+    """The values of `tensors`, one after the other, as memory mapped from their file; None where that cannot be."""
+    size = target.element_size()
+    places = [t.place for t in tensors if t.place is not None and t.dtype == target.dtype]
+    if target.numel() * size < _MAPPED_BYTES or len(places) < len(tensors) or len({path for path, _ in places}) > 1:
+        return None
+    path, first = places[0]
+    parts = [(start, size * math.prod(t.shape)) for (_, start), t in zip(places, tensors, strict=True)]
+    if first % size:
+        return None
+    try:
+        mapped = map_parts(path, parts)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
+    return None if mapped is None else torch.frombuffer(mapped, dtype=target.dtype).view(target.shape)

@@ -1,0 +1,227 @@
+"""Open torch's zip archives (`.pth`, `.bin`): tensors by name, read one at a time, nothing executed.
+
+An archive is accepted only as torch.save writes it: one top folder, `data.pkl`, storages `data/KEY`, every member
+stored without compression, inside the file, once, without overlap. So no bomb can grow while it is read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import sys
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinylab.errors import CheckpointError
+from tinylab.formats import safe_pickle as pickles
+from tinylab.formats.tensors import LazyTensor
+
+MAX_MEMBERS = 20_000
+"""TinyLlama's own checkpoint with its optimizer has about 600."""
+MAX_DIRECTORY_BYTES = 4 * 2**20
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CHUNK = 2**20
+
+
+class _Member(NamedTuple):
+    """A stored file: where its bytes begin in the archive, how many there are, their CRC-32."""
+
+    start: int
+    size: int
+    crc: int
+
+
+class _CappedFile(io.FileIO):
+    """A file that refuses to hand out more than a zip directory at once: zipfile reads it whole, whatever its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > MAX_DIRECTORY_BYTES:
+            raise CheckpointError(f"its directory must be at most {MAX_DIRECTORY_BYTES} bytes; found {wanted}")
+        return super().read(wanted)
+
+
+class TorchArchive:
+    """An opened `.pth` or `.bin`: `.value` is the saved object, a TensorSpec in each tensor's place."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._members = _read_directory(self.path)
+        self._verified: set[str] = set()
+        data = self._read(self._members["data.pkl"], "data.pkl")
+        self.value = pickles.read(data, f"{self.path}: data.pkl")
+
+    def tensors(self, state: Any) -> dict[str, LazyTensor]:
+        """The tensors that stand directly in `state`, a state dict of this archive; none if it is something else.
+
+        Nothing below is followed: a dictionary that holds itself would never end.
+        """
+        if not isinstance(state, dict):
+            return {}
+        return {str(k): self._lazy(v) for k, v in state.items() if isinstance(v, pickles.TensorSpec)}
+
+    def _lazy(self, spec: pickles.TensorSpec) -> LazyTensor:
+        """A reader of one tensor, after every number in its description was checked against the archive."""
+        storage, dtype = spec.storage, getattr(torch, spec.storage.dtype)
+        member = self._members.get(f"data/{storage.key}")
+        if member is None:
+            raise CheckpointError(f"{self.path} must hold data/{storage.key}; found none: copy the file again")
+        if member.size != storage.numel * dtype.itemsize:
+            raise CheckpointError(
+                f"{self.path}: data/{storage.key} must hold {storage.numel} values of {storage.dtype}; "
+                f"found {member.size} bytes"
+            )
+        numel = 1
+        for n in spec.shape:
+            numel *= n
+        last = sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True)) if numel else -1
+        if numel > storage.numel or spec.offset + last >= max(storage.numel, 1):
+            raise CheckpointError(
+                f"{self.path}: a tensor of shape {list(spec.shape)}, strides {list(spec.stride)} and offset "
+                f"{spec.offset} must lie inside its storage data/{storage.key} of {storage.numel} values"
+            )
+
+        def load() -> Tensor:
+            raw = self._read_span(storage.key, spec.offset * dtype.itemsize, (last + 1) * dtype.itemsize)
+            return raw.view(dtype).as_strided(spec.shape, spec.stride)
+
+        return LazyTensor(spec.shape, dtype, load, f"{self.path}:{storage.key}:{spec.offset}:{spec.stride}")
+
+    def _read_span(self, key: str, offset: int, count: int) -> Tensor:
+        """Bytes of a storage as uint8; the whole storage is checked against its CRC-32 when it is first touched."""
+        name = f"data/{key}"
+        member = self._members[name]
+        raw = torch.empty(count, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            if name not in self._verified and count < member.size:
+                _check(self._crc(file, member), member, self.path, name)
+            file.seek(member.start + offset)
+            _read_into(file, raw.numpy().data, self.path)
+        if name not in self._verified and count == member.size:
+            _check(zlib.crc32(raw.numpy().data), member, self.path, name)
+        self._verified.add(name)
+        return raw
+
+    def _crc(self, file: io.FileIO, member: _Member) -> int:
+        file.seek(member.start)
+        crc, left = 0, member.size
+        while left:
+            block = file.read(min(left, _CHUNK))
+            if not block:
+                break
+            crc, left = zlib.crc32(block, crc), left - len(block)
+        return crc
+
+    def _read(self, member: _Member, name: str) -> bytes:
+        if member.size > pickles.MAX_PICKLE_BYTES:
+            raise CheckpointError(
+                f"{self.path}: {name} must be at most {pickles.MAX_PICKLE_BYTES} bytes; found {member.size}"
+            )
+        with open(self.path, "rb") as file:
+            file.seek(member.start)
+            data = file.read(member.size)
+        _check(zlib.crc32(data), member, self.path, name)
+        return data
+
+
+def _check(crc: int, member: _Member, path: Path, name: str) -> None:
+    if crc != member.crc:
+        raise CheckpointError(
+            f"{path}: {name} must have the CRC-32 {member.crc:08x}; found {crc:08x}: damaged, copy the file again"
+        )
+
+
+def _read_into(file: io.FileIO, view: memoryview, path: Path) -> None:
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise CheckpointError(f"{path} must not shrink while it is read; found its end too early")
+        view = view[count:]
+
+
+def _read_directory(path: Path) -> dict[str, _Member]:
+    """Members by name below the top folder. Raises CheckpointError for whatever torch.save would not write."""
+    try:
+        with _CappedFile(path) as file:
+            magic = file.read(4)
+            if magic[:2] != b"PK":
+                raise CheckpointError(_what_else(path, magic))
+            file.seek(0)
+            with zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+            return _members(path, file, infos)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
+        raise CheckpointError(f"{path} must be a whole torch archive; found: {error}. Copy it again") from None
+
+
+def _members(path: Path, file: io.FileIO, infos: list[zipfile.ZipInfo]) -> dict[str, _Member]:
+    size = os.fstat(file.fileno()).st_size
+    if not 0 < len(infos) <= MAX_MEMBERS:
+        raise CheckpointError(f"{path} must have 1 to {MAX_MEMBERS} members; found {len(infos)}")
+    members: dict[str, _Member] = {}
+    tops, end = set(), 0
+    for info in sorted(infos, key=lambda i: i.header_offset):
+        name = info.filename
+        parts = PurePosixPath(name).parts
+        plain = name == info.orig_filename and re.fullmatch(r"[^\\\x00-\x1f:]{1,400}", name)
+        if len(parts) < 2 or ".." in parts or name.startswith("/") or not plain:
+            raise CheckpointError(f"{path} must have members below one top folder; found {name[:200]!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise CheckpointError(
+                f"{path}: {name} must be stored without compression, as torch.save writes it; found "
+                f"{info.compress_size} bytes for {info.file_size}. Unpack the archive and pack it with `zip -0`"
+            )
+        if info.flag_bits & 1:
+            raise CheckpointError(f"{path}: {name} must not be encrypted")
+        start = _data_start(path, file, info)
+        if info.header_offset < end or start + info.file_size > size:
+            raise CheckpointError(f"{path}: {name} must lie inside the file and overlap nothing: damaged or hostile")
+        end = start + info.file_size
+        tops.add(parts[0])
+        short = "/".join(parts[1:])
+        if short in members:
+            raise CheckpointError(f"{path} must hold {short} once; found it twice: damaged or hostile")
+        members[short] = _Member(start, info.file_size, info.CRC)
+    if len(tops) != 1 or "data.pkl" not in members:
+        raise CheckpointError(
+            f"{path} must be an archive of torch.save, one folder with data.pkl; found {', '.join(sorted(tops)[:5])}"
+        )
+    if "constants.pkl" in members or any(name.startswith("code/") for name in members):
+        raise CheckpointError(f"{path} must hold tensors; found a TorchScript program. Export its state dict instead")
+    order = members.get("byteorder")
+    if order is not None and order.size <= 16:
+        file.seek(order.start)
+        if file.read(order.size) != sys.byteorder.encode():
+            raise CheckpointError(f"{path} must be written in {sys.byteorder}-endian byte order; found the other one")
+    return members
+
+
+def _data_start(path: Path, file: io.FileIO, info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin; the local header must name the same member as the directory."""
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL.size)
+    magic, *_, name_bytes, extra_bytes = _LOCAL.unpack(header)
+    name = file.read(name_bytes)
+    if magic != b"PK\x03\x04" or name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+        raise CheckpointError(f"{path}: {info.filename} must begin with its own header: damaged or hostile")
+    return info.header_offset + _LOCAL.size + name_bytes + extra_bytes
+
+
+def _what_else(path: Path, magic: bytes) -> str:
+    """What a file is that is no zip archive, and what to do."""
+    if magic[:1] == b"\x80":
+        return (
+            f"{path} must be a zip archive as torch.save writes since 1.6; found a bare pickle, which can run any "
+            "code. If you trust it, convert it where it came from: torch.save(torch.load(f, weights_only=True), f)"
+        )
+    return f"{path} must be a zip archive as torch.save writes it; found a file that begins with {magic!r}"

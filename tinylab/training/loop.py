@@ -1,0 +1,190 @@
+"""The recipe of a run, top to bottom: data, state, steps, validation, metrics, checkpoints, end.
+
+One function starts a run and resumes it. Killed at any moment and called again with the same configuration, it goes
+on from the last committed checkpoint, and ends bit-equal to the run that was never killed (same machine, same ranks).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+from tinylab.checkpoint.store import prune, save_checkpoint, saves_at
+from tinylab.config.schema import RunConfig
+from tinylab.data.loader import Loader, StepBatch
+from tinylab.data.prepare import prepare
+from tinylab.data.shards.reader import ShardSet
+from tinylab.dist.context import Context, open_context, other_ranks_alive
+from tinylab.errors import RunStopped, TinylabError
+from tinylab.model.precision import resolve_precision
+from tinylab.optim.schedule import check_schedule, lr_at
+from tinylab.runs.durable import failpoint
+from tinylab.runs.folder import Run, step_of
+from tinylab.runs.metrics import MetricsLog
+from tinylab.training.hooks import Heartbeat, Hook, StopRequest, progress_hooks
+from tinylab.training.meter import Meter
+from tinylab.training.opening import (
+    begin_lineage,
+    config_digest,
+    layout_of,
+    one_trainer,
+    open_run,
+    require_fitting_data,
+)
+from tinylab.training.state import TrainState, build_state, take_snapshot
+from tinylab.training.step import agree, train_step
+from tinylab.training.validation import Validator
+
+
+def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence[Hook] = ()) -> Run:
+    """Run or resume `config` in the folder `run`, in this process (or on this rank of a torchrun job), to its end.
+
+    A finished run says so and is left as it is. `hooks` are called on rank 0, after the heartbeat and progress line.
+    Raises ConfigError for a folder of another configuration, DataError and CheckpointError for what is missing,
+    damaged or does not fit, RunStopped after a signal or a stop request, when a checkpoint is committed.
+    """
+    check_schedule(config)
+    with StopRequest(run) as stop, open_context(config.parallel) as context, one_trainer(run, context):
+        if context.is_main:
+            stop.forget_file()
+        checkpoint = open_run(config, run, context)
+        heartbeat = Heartbeat(run, config, (checkpoint and step_of(checkpoint.name)) or 0)
+        with _reported(run, context, heartbeat):
+            if heartbeat.at == config.steps:
+                if context.is_main:
+                    print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)
+                return run
+            shards = prepare(config.data, progress=None if progress else lambda line: None)
+            require_fitting_data(config, shards, checkpoint)
+            state, record = build_state(config, context, checkpoint)
+            begin_lineage(run, config, shards, context, record)
+            called = [heartbeat, *progress_hooks(progress), *hooks] if context.is_main else []
+            loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
+            with other_ranks_alive(context, lambda: state.step), loader, _following(called, config, state.step):
+                stop.defer()
+                _steps(config, run, context, shards, state, loader, stop, called)
+    return run
+
+
+def _steps(
+    config: RunConfig,
+    run: Run,
+    context: Context,
+    shards: ShardSet,
+    state: TrainState,
+    loader: Iterable[StepBatch],
+    stop: StopRequest,
+    hooks: Sequence[Hook],
+) -> None:
+    """Every step that is left, each with its line of metrics, and the checkpoints between them."""
+    precision = resolve_precision(context.device, config.parallel.precision)
+    validator = Validator(config, shards, context, precision)
+    meter = Meter(config, context)
+    log = MetricsLog(run.metrics_path)
+    committed = state.step
+    for batch in meter.timed(loader):
+        data_hash, targets, stopping = agree(context, batch, stop.requested())
+        if stopping:
+            if committed != state.step:
+                _commit(config, run, context, shards, state, log, hooks)
+            raise stop.stopped(f"after step {state.step} of {config.steps}")
+        _announce_stage(config, run, context, batch.step)
+        lr = lr_at(config, batch.step)
+        clip_norm = config.optimizer.clip_norm
+        result = train_step(
+            state, batch.micro_batches, targets, lr=lr, clip_norm=clip_norm, precision=precision, context=context
+        )
+        record = meter.record(state, result, lr, data_hash) | validator.after(state.model, state.step)
+        if context.is_main:
+            run.require_place()
+            log.append(record)
+            failpoint("step.logged")
+        for hook in hooks:
+            hook.step(record)
+        if saves_at(config, state.step):
+            _commit(config, run, context, shards, state, log, hooks)
+            committed = state.step
+
+
+def _commit(
+    config: RunConfig,
+    run: Run,
+    context: Context,
+    shards: ShardSet,
+    state: TrainState,
+    log: MetricsLog,
+    hooks: Sequence[Hook],
+) -> None:
+    """Commit a checkpoint of the state, then remove what retention allows."""
+    snapshot = take_snapshot(state, context, _trainer_record(config, context, shards, state))
+    if snapshot is not None:
+        log.sync()
+        folder = save_checkpoint(run, snapshot, config.model, shards)
+        prune(run, config)
+        for hook in hooks:
+            hook.checkpoint(folder)
+    context.wait()
+
+
+def _trainer_record(config: RunConfig, context: Context, shards: ShardSet, state: TrainState) -> dict[str, Any]:
+    """Plain values of `trainer.json`."""
+    tokenizer = shards.manifest["tokenizer"]
+    return {
+        "step": state.step,
+        "tokens": config.tokens_at(state.step),
+        "stage": config.stages[config.stage_index(state.step)].name,
+        "hours": state.hours,
+        **layout_of(config, context),
+        "data_fingerprint": shards.fingerprint,
+        "tokenizer_hash": tokenizer["hash"],
+        "boundary": tokenizer["boundary"],
+        "config_digest": config_digest(config),
+    }
+
+
+def _announce_stage(config: RunConfig, run: Run, context: Context, step: int) -> None:
+    """Write the journal line of the stage that begins with `step`, if one does."""
+    for stage, (first, _) in zip(config.stages, config.stage_bounds(), strict=True):
+        if context.is_main and step == first:
+            run.write_journal("stage", stage=stage.name, step=step - 1, tokens=config.tokens_at(step - 1))
+
+
+@contextmanager
+def _following(hooks: Sequence[Hook], config: RunConfig, step: int) -> Iterator[None]:
+    """Tell the hooks where this process starts, and that it ends."""
+    for hook in hooks:
+        hook.start(config, step)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.end()
+
+
+@contextmanager
+def _reported(run: Run, context: Context, heartbeat: Heartbeat) -> Iterator[None]:
+    """Say in status and journal how the run goes and how it ends: done, stopped or failed."""
+    if not context.is_main:
+        yield
+        return
+    heartbeat.write("running")
+    try:
+        with heartbeat.beating():
+            yield
+        event, error = "done", None
+    except RunStopped as stopped:
+        event, error = "stopped", stopped
+    except BaseException as failure:
+        event, error = "failed", failure
+    more: dict[str, Any] = {"reason": str(error) or type(error).__name__} if error else {}
+    journaled = event == "done" and any(line["event"] == "done" for line in run.journal()[-1:])
+    # What ended the run is the news: a disk too full to write it down must not hide it.
+    with suppress(TinylabError) if error else nullcontext():
+        heartbeat.write(event, **more)
+        failpoint("end.status_written")
+        if not journaled:
+            run.write_journal(event, step=heartbeat.at, tokens=heartbeat.tokens, **more)
+    if error:
+        raise error

@@ -1,0 +1,180 @@
+"""Before the first step: a new run folder or an old one to go on with, and everything that must fit checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tinylab.checkpoint.store import latest_good, prune, read_record
+from tinylab.config.io import run_to_dict, run_to_toml
+from tinylab.config.schema import Parallel, RunConfig
+from tinylab.data.loader import validation_windows
+from tinylab.data.order import check_ranks
+from tinylab.data.shards.reader import ShardSet
+from tinylab.dist.context import Context
+from tinylab.errors import CheckpointError, ConfigError, DataError
+from tinylab.model.precision import resolve_precision
+from tinylab.runs.durable import disk_error, failpoint, write_atomic
+from tinylab.runs.folder import Run, step_name
+from tinylab.runs.metrics import MetricsLog
+from tinylab.runs.provenance import provenance
+
+FREE_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision") | {"data.path"}
+"""Keys that may change between two starts: the layout of the work, which shifts at most the last bits of the weights,
+and the place of the data, which their fingerprint in the checkpoint holds to be the same."""
+
+
+@contextmanager
+def one_trainer(run: Run, context: Context) -> Iterator[None]:
+    """Hold the run folder on rank 0, made if missing.
+
+    Raises CheckpointError when another process trains in it, ConfigError for a new run whose name would be another REF.
+    """
+    if not context.is_main:
+        yield
+        return
+    if "@" in run.name and not run.exists():
+        raise ConfigError(f"the name of a run must hold no @, which parts it from a step; found {run.name!r}")
+    try:
+        run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(run.path, error) from error
+    with run.lock():
+        yield
+
+
+def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
+    """The checkpoint to go on from, None for a run without one; the same on every rank.
+
+    Rank 0 makes a new folder, or refuses one of another configuration (ConfigError naming the keys), repairs what a
+    kill left torn, and takes the newest checkpoint that holds.
+    """
+    check_ranks(config, context.world)
+    step = 0
+    if context.is_main:
+        for file in (run.config_path, run.provenance_path, run.status_path):
+            for torn in run.path.glob(f".{file.name}.*.tmp"):
+                torn.unlink()
+        run.repair_journal()
+        if run.exists():
+            _require_same(config, run)
+        else:
+            failpoint("open.locked")
+            run.create(config, provenance())
+            failpoint("open.created")
+        run.checkpoints_path.mkdir(mode=0o700, exist_ok=True)
+        checkpoint, notes = latest_good(run)
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
+        if checkpoint:
+            _require_own(config, checkpoint)
+            prune(run, config)
+        step = read_record(checkpoint)["step"] if checkpoint else 0
+    step = context.sum_integers([step])[0]
+    return run.checkpoints_path / step_name(step) if step else None
+
+
+def _require_same(config: RunConfig, run: Run) -> None:
+    """Raise ConfigError naming every key that differs from the run's; a change of FREE_KEYS is written down instead."""
+    before, now = flatten(run_to_dict(run.config)), flatten(run_to_dict(config))
+    changed = {
+        k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)
+    }
+    refused = {k: v for k, v in changed.items() if k not in FREE_KEYS}
+    if refused:
+        lines = [f"{key} = {_show(new)} asked, {_show(old)} in the run" for key, (old, new) in refused.items()]
+        hint = " A run cannot be made longer or shorter." if any(k.endswith(".tokens") for k in refused) else ""
+        raise ConfigError(
+            f"{run.config_path} must equal the configuration asked for; {len(refused)} keys differ: "
+            f"{'; '.join(lines)}.{hint} Choose another run folder, or repeat the run's own configuration"
+        )
+    if changed:
+        write_atomic(run.config_path, run_to_toml(config))
+        old, new = ({k: pair[i] for k, pair in changed.items()} for i in (0, 1))
+        run.write_journal("changed", before=old, after=new, note="the last bits of the weights may differ")
+
+
+def _require_own(config: RunConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError unless the checkpoint was written under this configuration (config.toml may be lost)."""
+    if read_record(checkpoint)["config_digest"] != config_digest(config):
+        raise CheckpointError(
+            f"{checkpoint} must come from the configuration asked for; it was written under another one. "
+            "Restore the run's config.toml, or choose another run folder"
+        )
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain values by dotted key; items of lists by position."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        name = f"{prefix}{key}"
+        result |= flatten(value, name + ".") if isinstance(value, dict | list) else {name: value}
+    return result
+
+
+def config_digest(config: RunConfig) -> str:
+    """SHA-256 of everything in the configuration but the layout of the work and the place of the data."""
+    same = replace(config, parallel=Parallel(), data=replace(config.data, path=None))
+    return hashlib.sha256(run_to_toml(same).encode()).hexdigest()
+
+
+def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path | None) -> None:
+    """Refuse data before the first step: DataError when vocabulary, sources or validation split do not fit,
+    CheckpointError when they are not the data that the checkpoint was trained on."""
+    if shards.vocab_size != config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer of {shards.path} must have model.vocab_size = {config.model.vocab_size} entries; it has "
+            f"{shards.vocab_size}. Set model.vocab_size and data.vocab_size to it, or prepare other data"
+        )
+    missing = [name for name in config.data.source_names if name not in shards.sources]
+    if missing:
+        raise DataError(f"{shards.path} must hold the sources of data.sources; it lacks {', '.join(missing)}")
+    validation_windows(config, shards)
+    trained_on = read_record(checkpoint)["data_fingerprint"] if checkpoint else shards.fingerprint
+    if trained_on != shards.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained on data with fingerprint {trained_on}; {shards.path} now has "
+            f"{shards.fingerprint}. Restore those data, or start another run folder"
+        )
+
+
+def layout_of(config: RunConfig, context: Context) -> dict[str, Any]:
+    """How the work is laid out: what may change the last bits of the weights between two starts."""
+    return {
+        "world_size": context.world,
+        "threads": context.threads,
+        "device": context.device.type,
+        "precision": resolve_precision(context.device, config.parallel.precision),
+    }
+
+
+def begin_lineage(run: Run, config: RunConfig, shards: ShardSet, context: Context, record: dict[str, Any]) -> None:
+    """Rank 0: cut the metrics to the checkpoint's step and write `started` or `resumed` into the journal.
+
+    `record` is the checkpoint's trainer.json, empty before the first checkpoint.
+    """
+    if not context.is_main:
+        return
+    step = record.get("step", 0)
+    layout = layout_of(config, context)
+    begun = any(line["event"] == "started" for line in run.journal())
+    repeated = MetricsLog(run.metrics_path).cut_after(step)
+    failpoint("begin.metrics_cut")
+    more: dict[str, Any] = {"step": step, "tokens": config.tokens_at(step), "data_fingerprint": shards.fingerprint}
+    if begun:
+        more["repeated_steps"] = len(repeated)
+        more["repeated_s"] = round(sum(line["step_time_s"] for line in repeated), 3)
+        more["changed"] = {k: [record[k], v] for k, v in layout.items() if record.get(k, v) != v}
+    run.write_journal("resumed" if begun else "started", **more, **layout)
+    failpoint("begin.journaled")

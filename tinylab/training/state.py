@@ -1,0 +1,128 @@
+"""What a step changes: weights, moments, random generators and the step number; to a checkpoint and back, bit for bit.
+
+Schedule and data order are functions of the step and have no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylab.checkpoint.store import Snapshot, load_trainer
+from tinylab.config.schema import Parallel, RunConfig
+from tinylab.dist.context import Context
+from tinylab.dist.parallel import compile_model, digest_tensors, like, shard_model, whole_tensors
+from tinylab.errors import CheckpointError
+from tinylab.formats.load import load_folder
+from tinylab.model.transformer import Llama
+from tinylab.optim.build import build_adamw
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """A run between two steps."""
+
+    model: Llama
+    """The model itself, its parameters under their own names."""
+    parallel: Parallel
+    """How its work is laid out over the ranks."""
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Optimizer steps done."""
+    hours: float = 0.0
+    """Device hours spent in the steps of the final lineage: seconds of each step times ranks / 3600."""
+
+
+def build_state(config: RunConfig, context: Context, checkpoint: Path | None) -> tuple[TrainState, dict[str, Any]]:
+    """The state after `checkpoint`, or the fresh one of step 0; and the checkpoint's trainer.json ({} if none).
+
+    Raises LaunchError when the ranks' weights are not equal, and CheckpointError when the checkpoint does not fit.
+    """
+    record: dict[str, Any] = {}
+    optimizer_tensors: dict[str, Tensor] = {}
+    rng: dict[str, Tensor] = {}
+    torch.manual_seed(config.seed + context.rank)
+    if checkpoint is None:
+        model = Llama.empty(config.model, context.device, torch.float32)
+        model.init_weights(config.seed)
+    else:
+        record, optimizer_tensors, rng = load_trainer(checkpoint)
+        model = load_folder(checkpoint, context.device, torch.float32)
+    model.train()
+    if context.world > 1:
+        context.require_equal(digest_tensors(dict(model.named_parameters())), "the weights")
+    shard_model(model, config.parallel, context)
+    compile_model(model, config.parallel)
+    optimizer = build_adamw(model, config.optimizer)
+    state = TrainState(
+        model=model,
+        parallel=config.parallel,
+        optimizer=optimizer,
+        step=record.get("step", 0),
+        hours=record.get("hours", 0.0),
+    )
+    if checkpoint is not None:
+        _load_optimizer(state, optimizer_tensors, checkpoint)
+        _load_rng(rng, context, config.seed, state.step)
+    return state, record
+
+
+def take_snapshot(state: TrainState, context: Context, record: dict[str, Any]) -> Snapshot | None:
+    """The whole state on the CPU of rank 0, None elsewhere. Every rank must call it."""
+    keep = context.is_main
+    weights = dict(whole_tensors(dict(state.model.named_parameters()), keep))
+    moments = dict(whole_tensors(_optimizer_tensors(state), keep))
+    rng = _rng(context)
+    return Snapshot(weights=weights, optimizer=moments, rng=rng, record=record) if keep else None
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor of the optimizer's state as `<parameter>.<name>`, in the model's order."""
+    result = {}
+    for name, parameter in state.model.named_parameters():
+        for key, value in sorted(state.optimizer.state.get(parameter, {}).items()):
+            assert isinstance(value, Tensor), f"optimizer state {name}.{key} is no tensor"
+            result[f"{name}.{key}"] = value
+    return result
+
+
+def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Give every parameter its tensors back. Raises CheckpointError listing names that do not match."""
+    parameters = dict(state.model.named_parameters())
+    unknown = [n for n in tensors if n.rpartition(".")[0] not in parameters]
+    bare = sorted(set(parameters) - {n.rpartition(".")[0] for n in tensors})
+    if unknown or bare:
+        raise CheckpointError(
+            f"{checkpoint}/trainer/optimizer.safetensors must hold the moments of every parameter; "
+            f"without moments: {', '.join(bare) or 'none'}; unknown: {', '.join(unknown) or 'none'}. "
+            "Resume with the configuration that wrote it"
+        )
+    for name, tensor in tensors.items():
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        value = tensor.to(parameter.device) if tensor.ndim == 0 else like(tensor, parameter)
+        state.optimizer.state[parameter][key] = value
+
+
+def _rng(context: Context) -> dict[str, Tensor]:
+    """States of the random generators of every rank, on every rank."""
+    own = {"cpu": torch.get_rng_state()}
+    if context.device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(context.device)
+    return {f"{kind}.{rank}": t for kind, s in own.items() for rank, t in enumerate(context.gather_tensor(s))}
+
+
+def _load_rng(rng: Mapping[str, Tensor], context: Context, seed: int, step: int) -> None:
+    """Restore this rank's generators; on another number of ranks or device they are seeded from seed, step, rank."""
+    kinds = ("cpu", "cuda") if context.device.type == "cuda" else ("cpu",)
+    if {f"{kind}.{rank}" for kind in kinds for rank in range(context.world)} != set(rng):
+        torch.manual_seed((seed + step * 1_000_003 + context.rank) % 2**63)
+        return
+    torch.set_rng_state(rng[f"cpu.{context.rank}"])
+    if context.device.type == "cuda":
+        torch.cuda.set_rng_state(rng[f"cuda.{context.rank}"], context.device)
