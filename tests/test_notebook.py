@@ -181,7 +181,7 @@ def test_a_run_injects_values_writes_beside_out_and_joins_streams(tmp_path: Path
     text = outputs_of(out)
     assert [len(c["outputs"]) for c in cells if "range(5)" in "".join(c["source"])] == [1]
     assert "7 4" in text and "papermill" in text and sys.executable in text and os.getcwd() in text
-    assert "hunter2" not in text and "hf_AAAA" not in text and "[removed: HF_TOKEN]" in text
+    assert "hunter2" not in text and "hf_AAAA" not in text and "***" in text
     assert json.loads((tmp_path / "deep" / "b.result.json").read_text()) == {"notebook": "a", "tokens": 7, "bad": None}
     assert sorted(p.name for p in out.parent.iterdir()) == ["b.ipynb", "b.result.json"]
     assert "TINYLAB_EXECUTOR" not in os.environ

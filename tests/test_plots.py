@@ -14,11 +14,12 @@ import pandas
 import pytest
 
 from tinylab import plots
+from tinylab.config.counts import format_count
 from tinylab.config.presets import demo
 from tinylab.errors import ConfigError
 from tinylab.evaluation.published import published
 from tinylab.plots.corpus import mixture_points
-from tinylab.plots.style import COLORS, format_count
+from tinylab.plots.style import COLORS
 from tinylab.plots.training import moving_mean
 
 HOSTILE = "<script>alert(1)</script> $x$ `y` \x1b[31mred\x1b[0m \u202egnp\u202c \x00 </table> \" ' & \\(z\\)"

@@ -6,6 +6,8 @@ Anything else that escapes is a defect of tinylab and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_NOTHING_FOUND = 3
@@ -55,3 +57,11 @@ class RunStopped(TinylabError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def did_you_mean(name: object, known: Iterable[object], otherwise: str = "") -> str:
+    """`did you mean …?` with the known name nearest to `name`; `otherwise` where none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -19,7 +19,8 @@ import pytest
 
 import tinylab
 from tinylab.cli import command, main
-from tinylab.cli.output import Answer, byte_count, table, to_json, token_count
+from tinylab.cli.output import Answer, table, to_json
+from tinylab.config.counts import format_bytes, format_count
 from tinylab.config.presets import preset
 from tinylab.errors import CheckpointError, NothingFoundError, RunStopped
 from tinylab.runs.folder import Run
@@ -279,8 +280,8 @@ def test_tables_align_numbers_to_the_right_and_show_absent_values():
 
 
 def test_counts_are_powers_of_a_thousand():
-    assert [byte_count(n) for n in (0, 999, 1000, 2_500_000)] == ["0 B", "999 B", "1.0 kB", "2.5 MB"]
-    assert [token_count(n) for n in (12, 200_000, 1_605_632, 3e12)] == ["12", "200K", "1.61M", "3T"]
+    assert [format_bytes(n) for n in (0, 999, 1000, 2_500_000)] == ["0 B", "999 B", "1.0 kB", "2.5 MB"]
+    assert [format_count(n) for n in (12, 200_000, 1_605_632, 3e12)] == ["12", "200K", "1.61M", "3T"]
 
 
 def test_json_of_a_data_frame_is_a_list_of_rows():

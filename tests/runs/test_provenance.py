@@ -7,7 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from tinylab.runs.provenance import git_state, provenance, redact
+from tinylab.runs.provenance import git_state, provenance
+from tinylab.runs.secrets import redact
 
 
 def test_secret_values_never_reach_the_command_line_that_is_kept():

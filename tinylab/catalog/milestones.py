@@ -8,17 +8,14 @@ and its variants; EleutherAI/pythia:README.md.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tinylab.config.io import parse_count
-from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
+from tinylab.config.counts import parse_count
+from tinylab.config.schema import STEP_TOKENS
+from tinylab.errors import CheckpointError, ConfigError, NothingFoundError, did_you_mean
 from tinylab.runs.folder import Run, list_runs, step_of
-
-STEP_TOKENS = 2_097_152
-"""Tokens of one step of TinyLlama v1.0 (1,024 sequences of 2,048), and of Pythia's (the same)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +130,7 @@ def list_milestones(root: Path | None = None, series: str | None = None) -> list
     found = [m for m in known if m.series.lower() == name.lower()]
     if not found:
         names = list(dict.fromkeys(m.series for m in known))
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        hint = did_you_mean(name, names, f"known: {', '.join(names)}")
         raise NothingFoundError(f"no series of checkpoints is called {series}; {hint}")
     return found
 

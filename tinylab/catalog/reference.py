@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tinylab.config.io import parse_count
+from tinylab.config.counts import parse_count
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
 from tinylab.runs.folder import Run, step_of
 from tinylab.runs.manifest import verify_folder

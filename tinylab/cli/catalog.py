@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from tinylab.cli.output import Answer, byte_count, table
+from tinylab.cli.output import Answer, table
+from tinylab.config.counts import format_bytes
 from tinylab.errors import EXIT_FAILED, ConfigError, NothingFoundError
 from tinylab.runs.durable import write_atomic
 from tinylab.runs.folder import Run, list_runs, step_of
@@ -86,7 +87,7 @@ def _rows(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _own_table(rows: list[dict[str, Any]]) -> str:
-    shown = [{**r, "size": byte_count(r["bytes"])} for r in rows]
+    shown = [{**r, "size": format_bytes(r["bytes"])} for r in rows]
     return table(shown, ["ref", "step", "tokens", "stage", "size", "optimizer"])
 
 
@@ -163,7 +164,7 @@ def _cached() -> Answer:
     rows = disk_use()
     if not rows:
         raise NothingFoundError("the cache must hold downloaded models; found none. Fetch: tinylab checkpoints --fetch")
-    shown = [{**r, "size": byte_count(r["bytes"]), "commit": r["commit"][:12]} for r in rows]
+    shown = [{**r, "size": format_bytes(r["bytes"]), "commit": r["commit"][:12]} for r in rows]
     return Answer(rows, table(shown, ["repository", "revisions", "commit", "size", "files"]))
 
 
@@ -181,5 +182,5 @@ def _remove(refs: tuple[str, ...]) -> Answer:
                 raise NothingFoundError(f"{milestone.note}; name exactly what to remove")
             repository, revision = milestone.repository, milestone.revision
         rows.append({"ref": ref, "bytes": remove(repository, revision or None)})
-    shown = [{"ref": r["ref"], "freed": byte_count(r["bytes"])} for r in rows]
+    shown = [{"ref": r["ref"], "freed": format_bytes(r["bytes"])} for r in rows]
     return Answer(rows, table(shown))

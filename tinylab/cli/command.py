@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 nothing usable f
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import io
@@ -20,7 +19,7 @@ from typing import Annotated, Any, TextIO, cast, get_type_hints
 
 import tinylab
 from tinylab.cli.output import Answer, to_json
-from tinylab.errors import EXIT_FAILED, EXIT_USAGE, TinylabError
+from tinylab.errors import EXIT_FAILED, EXIT_USAGE, TinylabError, did_you_mean
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("machine", "the whole path on this machine, offline: corpus to report"),
@@ -186,9 +185,8 @@ def usage() -> str:
 
 
 def _unknown_verb(verb: str) -> str:
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"the verb must be one of {', '.join(VERBS)}; found {verb!r}. {hint}See tinylab --help"
+    hint = did_you_mean(verb, VERBS)
+    return f"the verb must be one of {', '.join(VERBS)}; found {verb!r}. {hint} See tinylab --help".replace("  ", " ")
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
-from tinylab.cli.output import Answer, byte_count, table, token_count
+from tinylab.cli.output import Answer, table
 from tinylab.config import presets
+from tinylab.config.counts import format_bytes, format_count
 from tinylab.config.io import load_run, override
 from tinylab.config.schema import Data, Source
 from tinylab.errors import ConfigError
@@ -66,7 +67,7 @@ def prepare_verb(
     }
     train = [r for r in rows if r["split"] == "train"]
     tokens, size = sum(r["tokens"] for r in train), sum(r["bytes"] for r in train)
-    summary = f"{token_count(tokens)} training tokens from {byte_count(size)} of text"
+    summary = f"{format_count(tokens)} training tokens from {format_bytes(size)} of text"
     return Answer(document, f"{shards.path}: {summary}\nfingerprint {shards.fingerprint}\n\n{table(rows)}")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from tinylab.cli.output import Answer, table
-from tinylab.config.io import parse_count
+from tinylab.config.counts import parse_count
 from tinylab.errors import EXIT_FAILED, ConfigError
 
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
-from tinylab.cli.output import Answer, table, token_count
+from tinylab.cli.output import Answer, table
 from tinylab.config import presets
-from tinylab.config.io import load_run, override, parse_count
+from tinylab.config.counts import format_count, parse_count
+from tinylab.config.io import load_run, override
 from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError, NothingFoundError, TinylabError
 from tinylab.runs.folder import Run, home, list_runs
@@ -50,7 +51,7 @@ def train_verb(
     summary = run_summary(folder)
     text = (
         f"{folder.path}: {summary['state']} at step {summary['step']} of {summary['steps']}, "
-        f"{token_count(summary['tokens'])} tokens, loss {_number(summary['loss'])}, "
+        f"{format_count(summary['tokens'])} tokens, loss {_number(summary['loss'])}, "
         f"validation {_number(summary['validation_loss'])} nats per token; {summary['checkpoints']} checkpoints"
     )
     return Answer(summary, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -13,27 +12,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from tinylab.config.counts import parse_count
 from tinylab.config.schema import RunConfig
-from tinylab.errors import ConfigError
+from tinylab.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
-_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def parse_count(text: str | int, name: str = "count") -> int:
-    """An integer from `200000`, `200_000`, `200K`, `1.5B` or `3T` (powers of 1,000).
-
-    Raises ConfigError unless the value is a whole number of at least 0.
-    """
-    found = re.fullmatch(r"([0-9][0-9_]{0,30}(?:\.[0-9]{1,30})?)([KMBT]?)", str(text).strip().upper())
-    if found:
-        digits, suffix = found.groups()
-        whole, _, decimals = digits.replace("_", "").partition(".")
-        scaled = int(whole + decimals) * _SUFFIXES.get(suffix, 1)
-        if scaled % 10 ** len(decimals) == 0:
-            return scaled // 10 ** len(decimals)
-    raise ConfigError(f"{name} must be a whole number such as 200000, 200K, 1.5B or 3T; found {text!r}")
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -153,8 +137,7 @@ def _build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
     kwargs: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
+            hint = did_you_mean(f"{prefix}{key}", [prefix + n for n in names], f"known: {', '.join(names)}")
             problems.append(f"unknown key {prefix}{key}; {hint}")
         else:
             kwargs[key] = _convert(hints[key], value, prefix + key, problems)
@@ -176,9 +159,8 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, key, problems)
     if origin is typing.Literal:
         if value not in args:
-            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-            tail = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{key} must be one of {', '.join(map(str, args))}; found {value!r}{tail}")
+            hint = did_you_mean(value, args)
+            problems.append(f"{key} must be one of {', '.join(map(str, args))}; found {value!r}{hint and '; ' + hint}")
         return value
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, key + ".", problems)

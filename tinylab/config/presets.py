@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
 from tinylab.config.schema import (
+    STEP_TOKENS,
     Data,
     Model,
     Optimizer,
@@ -18,12 +18,10 @@ from tinylab.config.schema import (
     Stage,
     Validation,
 )
-from tinylab.errors import ConfigError
+from tinylab.errors import ConfigError, did_you_mean
 
 SLIMPAJAMA = Source(name="slimpajama", corpus="hf:cerebras/SlimPajama-627B")
 STARCODER = Source(name="starcoder", corpus="hf:bigcode/starcoderdata")
-STEP_TOKENS = 2_097_152
-"""Tokens of a TinyLlama v1.0 step: 1,024 sequences of 2,048."""
 
 
 def tinyllama_1b() -> RunConfig:
@@ -131,9 +129,9 @@ def preset(name: str, tokens: int | None = None) -> RunConfig:
     key = name.lower().replace("-", "_").replace(".", "_")
     key = {"tinyllama_1_1b": "tinyllama_1b"}.get(key, key)
     if key not in PRESETS:
-        near = difflib.get_close_matches(key, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; found {name!r}. {hint}".strip())
+        raise ConfigError(
+            f"preset must be one of {', '.join(PRESETS)}; found {name!r}. {did_you_mean(key, PRESETS)}".strip()
+        )
     run = PRESETS[key]()
     return run if tokens is None else scale_tokens(run, tokens)
 

@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+STEP_TOKENS = 2_097_152
+"""Tokens of a TinyLlama v1.0 step: 1,024 sequences of 2,048."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One named source of documents and the cap on what is taken from it."""
@@ -101,7 +105,7 @@ class Stage:
     """Name in metrics, journal and figures."""
     tokens: int = 3_000_000_000_000
     """Length in tokens over all ranks; rounded up to whole steps."""
-    batch_tokens: int = 2_097_152
+    batch_tokens: int = STEP_TOKENS
     """Tokens per optimizer step, summed over all ranks and micro-batches.
 
     TinyLlama: 1,024 sequences of 2,048 (jzhang38/TinyLlama:README.md)."""
@@ -148,7 +152,7 @@ class Schedule:
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up; `wsd` is constant, then linear over the last `decay_fraction`."""
-    warmup_tokens: int = 2000 * 2_097_152
+    warmup_tokens: int = 2000 * STEP_TOKENS
     """Linear rise from 0 over the first tokens of the run. TinyLlama: 2,000 steps."""
     end: float = 0.1
     """Rate at the end as a fraction of the peak. TinyLlama: 4e-5 of 4e-4."""

@@ -6,13 +6,12 @@ it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
-from tinylab.errors import ConfigError, EvaluationError
+from tinylab.errors import ConfigError, EvaluationError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +60,9 @@ def profile(name: str | Profile) -> Profile:
         "current": Profile(name="current", add_bos=None, lm_eval=version),
     }
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"profile must be one of {', '.join(known)}; found {name!r}{hint}")
+        raise ConfigError(
+            f"profile must be one of {', '.join(known)}; found {name!r}. {did_you_mean(name, known)}".strip()
+        )
     return known[name]
 
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tinylab.config.schema import STEP_TOKENS
 from tinylab.evaluation.statistics import standard_error, wilson_interval
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 EVAL_MD = "jzhang38/TinyLlama:EVAL.md @ bf12224"
 CARD = "model card of TinyLlama/TinyLlama_v1.1"
-STEP_TOKENS = 2_097_152
-"""Tokens of a step of TinyLlama v1.0 and of Pythia: 1,024 sequences of 2,048."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Prompts, answers and metrics are those of lm-eval's built-in YAML files; only wh
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylab.errors import ConfigError, EvaluationError
+from tinylab.errors import ConfigError, EvaluationError, did_you_mean
 from tinylab.evaluation.published import BENCHMARKS
 
 BENCHMARK_FILES = {
@@ -58,9 +57,9 @@ def expand(names: str | Sequence[str]) -> list[str]:
     result: list[str] = []
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"tasks must be among {', '.join(known)}; found {name!r}{hint}")
+            raise ConfigError(
+                f"tasks must be among {', '.join(known)}; found {name!r}. {did_you_mean(name, known)}".strip()
+            )
         result += [n for n in GROUPS.get(name, (name,)) if n not in result]
     if not result:
         raise ConfigError(f"tasks must name at least one of {', '.join(known)}; found none")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
-from tinylab.errors import ConfigError
+from tinylab.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +45,7 @@ def gpu_named(name: str) -> Gpu:
     key = name.lower().replace("_", "-").replace(" ", "-")
     key = {"h100": "h100-sxm", "4090": "rtx-4090", "3090": "rtx-3090"}.get(key, key)
     if key not in GPUS:
-        near = difflib.get_close_matches(key, GPUS, n=1)
-        hint = f" did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"gpu must be one of {', '.join(GPUS)}; found {name!r}.{hint}")
+        raise ConfigError(f"gpu must be one of {', '.join(GPUS)}; found {name!r}. {did_you_mean(key, GPUS)}".strip())
     return GPUS[key]
 
 

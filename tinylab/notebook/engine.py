@@ -6,7 +6,6 @@ To be imported after papermill, which loads this module by its entry point: take
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,19 +27,7 @@ from traitlets.config import Config
 from tinylab.notebook.results import EXECUTOR_VARIABLE, OUT_VARIABLE
 from tinylab.runs.durable import write_atomic
 from tinylab.runs.folder import home
-
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
-_SECRET_TEXT = re.compile(
-    r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|AKIA[0-9A-Z]{16}|xox[abprs]-[A-Za-z0-9-]{20,}"
-)
-
-
-def remove_secrets(text: str, environment: dict[str, str] | None = None) -> str:
-    """`text` without values of secret-looking environment variables and without strings in the form of known tokens."""
-    for name, value in (os.environ if environment is None else environment).items():
-        if _SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
-            text = text.replace(value, f"[removed: {name}]")
-    return _SECRET_TEXT.sub("[removed: token]", text)
+from tinylab.runs.secrets import remove_secrets
 
 
 class AtomicHandler(LocalHandler):

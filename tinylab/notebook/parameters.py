@@ -6,7 +6,6 @@ papermill alone injects unknown names with a warning, and its YAML turns `4e-4` 
 from __future__ import annotations
 
 import ast
-import difflib
 import io
 import json
 import keyword
@@ -17,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylab.config.io import parse_count
-from tinylab.errors import ConfigError
+from tinylab.config.counts import parse_count
+from tinylab.errors import ConfigError, did_you_mean
 
 MAX_YAML_BYTES = 1_000_000
 MAX_DEPTH = 50
@@ -124,8 +123,7 @@ def check_values(declared: dict[str, Parameter], values: dict[str, Any], where: 
 
 def unknown_parameter(declared: dict[str, Parameter], name: str) -> str:
     """The message for a name that the notebook does not declare."""
-    near = difflib.get_close_matches(str(name), declared, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(declared) or 'none'}"
+    hint = did_you_mean(name, declared, f"known: {', '.join(declared) or 'none'}")
     return f"unknown parameter {str(name)!r}; {hint}"
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from tinylab.runs.durable import write_atomic
 from tinylab.runs.folder import home
+from tinylab.runs.plain import to_plain
 
 EXECUTOR_VARIABLE = "TINYLAB_EXECUTOR"
 OUT_VARIABLE = "TINYLAB_NOTEBOOK_OUT"
@@ -29,20 +29,5 @@ def write_result(notebook: str, **values: Any) -> Path:
     path = result_path(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"notebook": notebook, **values}
-    write_atomic(path, json.dumps(_plain(record), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(to_plain(record), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     return path
-
-
-def _plain(value: Any) -> Any:
-    """JSON types only; anything unknown becomes its text."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(v) for v in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylab import errors
-from tinylab.errors import ConfigError, NotebookError, RunStopped, TinylabError
+from tinylab.errors import ConfigError, NotebookError, RunStopped, TinylabError, did_you_mean
 from tinylab.notebook.parameters import (
     Parameter,
     check_values,
@@ -47,8 +46,7 @@ def find_notebook(name: str | Path) -> Path:
     fits = [stem for stem in known if stem.startswith(number) or stem[3:].startswith(wanted)]
     if len(fits) == 1 and os.sep not in text:
         return known[fits[0]]
-    near = difflib.get_close_matches(Path(wanted).name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+    hint = did_you_mean(Path(wanted).name, known, f"known: {', '.join(known) or 'none'}")
     raise ConfigError(f"a notebook must be a file, or a number or name below notebooks/; found {text!r}. {hint}")
 
 

@@ -12,7 +12,7 @@ from tinylab.plots.comparison import flips, position_loss, score_differences, to
 from tinylab.plots.corpus import document_lengths, mixture_of, token_frequencies
 from tinylab.plots.model import series_audit, shares
 from tinylab.plots.scores import score_trajectories
-from tinylab.plots.style import LabFigure, format_count
+from tinylab.plots.style import LabFigure
 from tinylab.plots.training import gradient_norm, learning_rate, loss_curves, throughput, validation_bits
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "document_lengths",
     "escape",
     "flips",
-    "format_count",
     "gradient_norm",
     "learning_rate",
     "loss_curves",

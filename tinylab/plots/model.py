@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tinylab.plots.style import AREAS, COLORS, FAINT, LabFigure, empty, format_count, new_figure
+from tinylab.config.counts import format_count
+from tinylab.plots.style import AREAS, COLORS, FAINT, LabFigure, empty, new_figure
 
 
 def shares(parts: Mapping[str, Mapping[str, int]], title: str, unit: str = "parameters") -> LabFigure:

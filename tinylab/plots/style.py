@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from tinylab.config.counts import format_count
+
 Table = Any
 """A pandas DataFrame; pandas' own types are too wide to compute with."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -75,14 +77,6 @@ def style_axes(ax: Axes) -> None:
     ax.tick_params(colors=FAINT, labelsize=9)
     ax.xaxis.label.set_color(INK)
     ax.yaxis.label.set_color(INK)
-
-
-def format_count(value: float) -> str:
-    """`1.5M`, `300B`, `3T`: powers of 1,000, at most three digits."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= limit * 0.9995:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
 
 
 def token_axis(ax: Axes, label: str = "training tokens") -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from tinylab.config.counts import format_count
 from tinylab.errors import ConfigError
 from tinylab.plots.style import (
     COLORS,
@@ -17,7 +18,6 @@ from tinylab.plots.style import (
     LabFigure,
     Table,
     empty,
-    format_count,
     label_ends,
     mark_stages,
     new_figure,

@@ -12,15 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tinylab.runs.secrets import redact
+
 PACKAGES = ("tinylab", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "gigatoken", "datasets")
-HIDDEN = "***"
-_SECRET_NAME = re.compile(r"(token|secret|password|passwd|credential|api[_-]?key|auth)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_|ghp_|sk-|xox[bp]-|AKIA)[A-Za-z0-9_-]{12,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
 def provenance() -> dict[str, Any]:
     """What `provenance.json` holds: time (Unix s), git commit of the package (None outside a checkout), Python and
-    package versions, machine, command line with secret values replaced by `***`.
+    package versions, machine, command line with secrets replaced by `***`.
     """
     versions = {}
     for package in PACKAGES:
@@ -53,20 +52,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "dirty": dirty}
-
-
-def redact(arguments: list[str]) -> list[str]:
-    """The arguments without the values of options whose names speak of secrets, and without known kinds of tokens."""
-    result, hide = [], False
-    for argument in arguments:
-        name, equals, _ = argument.rpartition("=")
-        if hide:
-            argument = HIDDEN
-        elif equals and _SECRET_NAME.search(name):
-            argument = f"{name}={HIDDEN}"
-        hide = not hide and not equals and argument.startswith("-") and bool(_SECRET_NAME.search(argument))
-        result.append(_SECRET_VALUE.sub(HIDDEN, argument))
-    return result
 
 
 def _git(folder: Path, *arguments: str) -> str:

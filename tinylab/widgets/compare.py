@@ -142,7 +142,7 @@ def _choices(a: str, b: str) -> list[tuple[str, str]]:
 
 
 def _label(reference: Any) -> str:
-    from tinylab.plots.style import format_count
+    from tinylab.config.counts import format_count
 
     tokens = f", {format_count(reference.tokens)} tokens" if reference.tokens is not None else ""
     return f"{reference.label}{tokens}"

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tinylab.config.counts import format_count
 from tinylab.html.escape import table_html
 from tinylab.html.parts import Html, error_html, figure_html
-from tinylab.plots.style import format_count
 from tinylab.plots.training import loss_curves
 from tinylab.runs.durable import read_lines
 from tinylab.runs.folder import Run

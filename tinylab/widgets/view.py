@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinylab import plots
 from tinylab.catalog.reference import Reference, load_model, load_tokenizer, resolve_reference
+from tinylab.config.counts import format_count
 from tinylab.errors import TinylabError
 from tinylab.evaluation.paired import Comparison
 from tinylab.html.escape import escape, table_html
@@ -241,7 +242,7 @@ def _identity(first: Loaded, second: Loaded, comparison: Comparison | None) -> A
     rows = {
         "model": [s.reference.label for s in sides],
         "step": [s.reference.step for s in sides],
-        "tokens": [plots.format_count(t) if (t := s.reference.tokens) is not None else None for s in sides],
+        "tokens": [format_count(t) if (t := s.reference.tokens) is not None else None for s in sides],
         "stage": [s.reference.stage for s in sides],
         "parameters": [f"{sum(p.numel() for p in s.model.parameters()):,}" for s in sides],
         "context (tokens)": [s.model.config.seq_len for s in sides],
