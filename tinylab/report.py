@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylab import plots
+from tinylab.config.counts import format_count
 from tinylab.config.io import run_to_toml
 from tinylab.errors import ConfigError, TinylabError
 from tinylab.html.escape import escape, table_html
@@ -101,7 +102,7 @@ def _summary(runs: list[Run], pandas: Any) -> str:
         if len(measured) > 1:
             sentences.append(
                 f"{run.name}: validation loss went from {measured[0]:.2f} to {measured[-1]:.2f} nats per token "
-                f"over {plots.format_count(records[-1]['tokens'])} tokens."
+                f"over {format_count(records[-1]['tokens'])} tokens."
             )
     return f"<p>{escape(' '.join(sentences))}</p>" + table_html(pandas.DataFrame(rows), "Runs")
 

@@ -137,7 +137,7 @@ def _build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
     kwargs: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
-            hint = did_you_mean(f"{prefix}{key}", [prefix + n for n in names], f"known: {', '.join(names)}")
+            hint = did_you_mean(key, names, f"known: {', '.join(names)}").replace("mean ", f"mean {prefix}", 1)
             problems.append(f"unknown key {prefix}{key}; {hint}")
         else:
             kwargs[key] = _convert(hints[key], value, prefix + key, problems)

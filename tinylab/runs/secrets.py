@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 HIDDEN = "***"
-_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API[_-]?KEY|ACCESS[_-]?KEY|CREDENTIAL|AUTH$", re.IGNORECASE)
+_NAME = re.compile(r"TOKEN(?!S|IZ)|SECRET|PASSWORD|PASSWD|API[_-]?KEY|ACCESS[_-]?KEY|CREDENTIAL|AUTH$", re.IGNORECASE)
 """Names of environment variables and options whose values are secret."""
 _TEXT = re.compile(
     r"\b(?:hf_|gh[pousr]_|sk-|AKIA|xox[abprs]-)[A-Za-z0-9_-]{12,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)",
