@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,100 @@ def test_an_import_to_the_right_is_seen(tmp_path: Path, monkeypatch: pytest.Monk
     module.parent.mkdir()
     module.write_text(text)
     assert len(violations(module)) == 1
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a module of the package."""
+    return ".".join(("tinylab", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imports_from(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every `from tinylab… import name`, wherever it stands."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+    return [(n.module or "", alias.name) for n in nodes if (n.module or "").startswith("tinylab") for alias in n.names]
+
+
+def circle(paths: list[Path]) -> list[str]:
+    """Modules that import one another in a circle; empty if there are none. `__init__` files list names and are left
+    out."""
+    known = {module_name(p): p for p in paths if p.name != "__init__.py"}
+    graph = {
+        name: {
+            found
+            for module, imported_name in imports_from(path)
+            for found in (f"{module}.{imported_name}", module)
+            if found in known and found != name
+        }
+        for name, path in known.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def defined_names(path: Path) -> set[str]:
+    """Names that a module defines itself at its top level, in branches too."""
+    found: set[str] = set()
+    nodes = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.If | ast.Try):
+            nodes += [*node.body, *node.orelse, *getattr(node, "handlers", [])]
+        elif isinstance(node, ast.ExceptHandler):
+            nodes += node.body
+    return found
+
+
+def second_addresses(paths: list[Path]) -> list[str]:
+    """Imports of a name from a module that does not define it, as `importer: module.name`."""
+    known = {module_name(p): p for p in paths}
+    return [
+        f"{module_name(path)}: {module}.{name}"
+        for path in paths
+        if path.name != "__init__.py"
+        for module, name in imports_from(path)
+        if module in known and f"{module}.{name}" not in known and name not in defined_names(known[module])
+    ]
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    assert circle(modules()) == []
+
+
+def test_a_name_has_one_address():
+    assert second_addresses(modules()) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from tinylab.model.one import first",
+        "from tinylab.model import one",
+        "def f():\n    from tinylab.model.one import first",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tinylab.model.one import first",
+    ],
+)
+def test_a_circle_inside_a_folder_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str):
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "one.py").write_text("from tinylab.model.two import second\nfirst = 1\n")
+    (tmp_path / "model" / "two.py").write_text(f"{back}\nsecond = 2\n")
+    assert set(circle(modules())) == {"tinylab.model.one", "tinylab.model.two"}
+
+
+def test_a_re_export_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    (tmp_path / "home.py").write_text("THERE = 1\n")
+    (tmp_path / "other.py").write_text("from tinylab.home import THERE\n")
+    (tmp_path / "user.py").write_text("from tinylab.other import THERE\n")
+    assert second_addresses(modules()) == ["tinylab.user: tinylab.other.THERE"]
 
 
 def test_configuration_and_run_folders_need_the_standard_library_only():
