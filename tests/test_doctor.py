@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tinylab import doctor as examined
-from tinylab.cli import main
+from tinylab.cli.command import main
 from tinylab.doctor import doctor
 
 

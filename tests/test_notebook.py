@@ -17,16 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylab.errors import ConfigError, NotebookError, NothingFoundError
-from tinylab.notebook import (
-    collect_parameters,
-    find_notebook,
-    list_notebooks,
-    notebook_parameters,
-    read_cell,
-    read_yaml,
-    run_notebook,
-    write_result,
-)
+from tinylab.notebook import list_notebooks, read_cell, read_yaml, write_result
+from tinylab.notebook.run import collect_parameters, find_notebook, notebook_parameters, run_notebook
 
 CELL = """tokens: int = 200_000  # length of the run, tokens
 lr: float = 4e-4  # peak

@@ -93,7 +93,7 @@ def _evaluate(run: Run) -> str:
 
 def _execute(run: Run, again: bool) -> str:
     """Execute the notebooks that changed, or whose run or scores changed, since their copy was made."""
-    from tinylab.notebook import find_notebook, notebook_parameters, run_notebook
+    from tinylab.notebook.run import find_notebook, notebook_parameters, run_notebook
 
     target, state = run.path / "notebooks", run.path / "notebooks" / "executed.json"
     done = json.loads(state.read_text(encoding="utf-8")) if state.is_file() and not again else {}

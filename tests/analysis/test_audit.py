@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from tinylab.analysis.audit import SeriesAudit, audit_series
 from tinylab.analysis.path import _added, find_strays, violation
 from tinylab.catalog.reference import resolve_reference
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import NothingFoundError
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.model.transformer import Llama
 
 SHAPE = Model(vocab_size=48, n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, seq_len=32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinylab.analysis.tokens import compare_tokens, loss_by_position, token_spans, token_texts, top_changes
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
 from tinylab.errors import EvaluationError
 from tinylab.model.transformer import Llama

@@ -9,8 +9,8 @@ import torch
 
 import tinylab.bench.decoding as decoding
 import tinylab.bench.opening as opening
-from tinylab.cli import main
-from tinylab.config.schema import Model
+from tinylab.cli.command import main
+from tinylab.config.architecture import Model
 from tinylab.errors import ConfigError, TinylabError
 
 SMALL = Model(vocab_size=64, n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=48, seq_len=32, init="normal")

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from tinylab.catalog.reference import load_model, load_tokenizer, resolve_reference, run_references
-from tinylab.config.schema import Data, Model, RunConfig, Schedule, Source, Stage
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
-from tinylab.formats.huggingface import save_weights, to_huggingface, write_config
+from tinylab.formats.huggingface import save_weights, to_huggingface
+from tinylab.formats.huggingface_config import write_config
 from tinylab.formats.identity import weight_hash
 from tinylab.formats.litgpt import save_pth
 from tinylab.model.transformer import Llama

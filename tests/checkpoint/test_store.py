@@ -15,7 +15,8 @@ import torch
 
 from tinylab.checkpoint import store
 from tinylab.checkpoint.store import Snapshot, latest_good, load_trainer, prune, save_checkpoint, saves_at
-from tinylab.config.schema import Data, Model, RunConfig, Saving, Schedule, Source, Stage
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Data, RunConfig, Saving, Schedule, Source, Stage
 from tinylab.errors import CheckpointError
 from tinylab.model.transformer import Llama
 from tinylab.runs.folder import Run

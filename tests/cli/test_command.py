@@ -18,7 +18,8 @@ import pandas
 import pytest
 
 import tinylab
-from tinylab.cli import command, main
+from tinylab.cli import command
+from tinylab.cli.command import main
 from tinylab.cli.output import Answer, table, to_json
 from tinylab.config.counts import format_bytes, format_count
 from tinylab.config.presets import preset

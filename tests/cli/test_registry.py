@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tinylab.catalog import hub
-from tinylab.cli import main
+from tinylab.cli.command import main
+from tinylab.config.architecture import Model
 from tinylab.config.presets import tiny
-from tinylab.config.schema import Model
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.model.transformer import Llama
 from tinylab.runs.folder import Run, step_name
 from tinylab.runs.manifest import MANIFEST

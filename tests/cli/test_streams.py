@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from tinylab.cli import command, main
+from tinylab.cli import command
+from tinylab.cli.command import main
 from tinylab.cli.output import Answer
 
 FAKE = """

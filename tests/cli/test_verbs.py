@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tinylab.cli import main
+from tinylab.cli.command import main
 from tinylab.runs.folder import Run
 from tinylab.runs.manifest import read_manifest
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.counts import parse_count
 from tinylab.config.io import MAX_BYTES, load_run, override, run_from_dict, run_to_dict, run_to_toml
 from tinylab.config.presets import PRESETS, tiny
-from tinylab.config.schema import Data, Model, Optimizer, RopeScaling, RunConfig, Schedule, Source, Stage
+from tinylab.config.schema import Data, Optimizer, RunConfig, Schedule, Source, Stage
 from tinylab.errors import ConfigError
 
 

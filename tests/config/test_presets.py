@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tinylab.config.architecture import Model
 from tinylab.config.io import run_from_dict, run_to_dict
 from tinylab.config.presets import PRESETS, preset, scale_tokens
-from tinylab.config.schema import Model
 from tinylab.errors import ConfigError
 
 

@@ -7,20 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from tinylab.config.architecture import nearest_divisor
+from tinylab.config.architecture import Model, RopeScaling, nearest_divisor
 from tinylab.config.presets import preset, tiny
-from tinylab.config.schema import (
-    Data,
-    Model,
-    Optimizer,
-    RopeScaling,
-    RunConfig,
-    Saving,
-    Schedule,
-    Source,
-    Stage,
-    Validation,
-)
+from tinylab.config.schema import Data, Optimizer, RunConfig, Saving, Schedule, Source, Stage, Validation
 from tinylab.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinylab.config.schema import Data, Model, Parallel, RunConfig, Schedule, Source, Stage, Validation
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Data, Parallel, RunConfig, Schedule, Source, Stage, Validation
 from tinylab.data.loader import MASKED, Loader, validation_batches, validation_windows
 from tinylab.data.order import DataOrder, data_hash, format_hash
 from tinylab.data.shards.reader import open_shards

@@ -17,7 +17,8 @@ from tinylab.config.schema import Data, Source
 from tinylab.data.audit import audit_shards
 from tinylab.data.prepare import data_path, prepare
 from tinylab.data.shards.reader import ShardSet
-from tinylab.data.tokenizer.load import Tokenizer, load_tokenizer_file, train_tokenizer
+from tinylab.data.tokenizer.encode import Tokenizer
+from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
 from tinylab.runs.folder import home
 
 from .paragraphs import PARAGRAPHS, VOCAB, quiet

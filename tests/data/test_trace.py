@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinylab.config.schema import Data, Model, RunConfig, Schedule, Source, Stage
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
 from tinylab.data.loader import Loader
 from tinylab.data.trace import run_shards, stored_shards, trace_batch
 from tinylab.errors import ConfigError, DataError

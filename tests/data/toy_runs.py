@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tinylab.config.schema import Data, Model, RunConfig, Schedule, Source, Stage
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
 from tinylab.data.order import DataOrder
 
 SEQ = 4

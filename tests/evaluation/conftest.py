@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tinylab.config.schema import Data, Model, RunConfig, Saving, Schedule, Source, Stage, Validation
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Data, RunConfig, Saving, Schedule, Source, Stage, Validation
 
 WORDS = [
     a + b + c

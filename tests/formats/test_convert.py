@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tinylab.catalog.reference import resolve_reference
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.formats import convert as convert_module
 from tinylab.formats import litgpt
 from tinylab.formats.convert import Format, convert
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.formats.load import load_folder, open_weights
 from tinylab.formats.tensors import load_weights
 from tinylab.model.transformer import Llama

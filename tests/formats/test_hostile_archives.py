@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt
 from tinylab.formats.torch_archive import TorchArchive

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.formats.load import load_folder, open_weights
 from tinylab.model.transformer import Llama
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt
 from tinylab.formats import safe_pickle as pickles

@@ -13,18 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinylab.config.schema import Model, RopeScaling
+from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import CheckpointError
-from tinylab.formats.huggingface import (
-    model_from_config,
-    name_map,
-    read_header,
-    save_weights,
-    to_huggingface,
-    weight_files,
-    write_config,
-)
-from tinylab.formats.huggingface_config import config_values
+from tinylab.formats.huggingface import name_map, read_header, save_weights, to_huggingface, weight_files
+from tinylab.formats.huggingface_config import config_values, model_from_config, write_config
 from tinylab.formats.load import load_folder
 from tinylab.model.rope import rope_frequencies
 from tinylab.model.transformer import Llama

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model, RopeScaling
+from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt
 from tinylab.formats.huggingface import to_huggingface

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinylab.config.architecture import Model
 from tinylab.config.presets import tiny, tinyllama_1b, tinyllama_120m
-from tinylab.config.schema import Model
 from tinylab.errors import ConfigError
 from tinylab.model.accounting import (
     activation_bytes_per_token,

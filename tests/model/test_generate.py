@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylab.config.schema import Model, RopeScaling
+from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import ConfigError
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.model.generate import KVCache, _choose, generate, generate_ids
 from tinylab.model.transformer import Llama
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import tinylab.model.loss as loss_module
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.model.loss import IGNORED, linear_cross_entropy, loss_sum, token_losses
 from tinylab.model.precision import autocast
 from tinylab.model.transformer import Llama

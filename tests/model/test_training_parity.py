@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tinylab.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Source, Stage
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Data, Optimizer, RunConfig, Schedule, Source, Stage
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
 from tinylab.formats.huggingface import to_huggingface

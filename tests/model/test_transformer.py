@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.presets import tiny
-from tinylab.config.schema import Model, RopeScaling
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.model.transformer import Llama
 
 BASE = Model(

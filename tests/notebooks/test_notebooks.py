@@ -16,7 +16,8 @@ from tinylab.checkpoint.store import early_steps
 from tinylab.config import presets
 from tinylab.demo import demo
 from tinylab.errors import ConfigError, NothingFoundError
-from tinylab.notebook import list_notebooks, notebook_parameters, run_notebook
+from tinylab.notebook import list_notebooks
+from tinylab.notebook.run import notebook_parameters, run_notebook
 from tinylab.runs.folder import Run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinylab.config.schema import Model, Optimizer
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Optimizer
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_adamw, parameter_groups
 

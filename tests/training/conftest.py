@@ -15,19 +15,9 @@ from typing import Any
 
 import pytest
 
+from tinylab.config.architecture import Model
 from tinylab.config.io import run_to_toml
-from tinylab.config.schema import (
-    Data,
-    Model,
-    Optimizer,
-    Parallel,
-    RunConfig,
-    Saving,
-    Schedule,
-    Source,
-    Stage,
-    Validation,
-)
+from tinylab.config.schema import Data, Optimizer, Parallel, RunConfig, Saving, Schedule, Source, Stage, Validation
 from tinylab.runs.folder import Run
 
 STEPS = 24

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylab.config.schema import Model, Optimizer, Parallel
+from tinylab.config.architecture import Model
+from tinylab.config.schema import Optimizer, Parallel
 from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
 from tinylab.errors import TinylabError

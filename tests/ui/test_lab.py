@@ -20,7 +20,7 @@ import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tinylab.notebook import find_notebook, run_notebook
+from tinylab.notebook.run import find_notebook, run_notebook
 from tinylab.report import write_report
 
 pytestmark = pytest.mark.ui

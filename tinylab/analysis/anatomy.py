@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.model.accounting import FORMULAS, flops_per_token, parameter_counts
 
 if TYPE_CHECKING:

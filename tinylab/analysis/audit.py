@@ -15,7 +15,7 @@ import numpy as np
 from tinylab.analysis.fingerprint import Fingerprint, distance_matrix, fingerprint
 from tinylab.analysis.path import Finding, bends, find_strays, violation
 from tinylab.catalog.reference import Reference, resolve_reference, run_references
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError, NothingFoundError
 from tinylab.runs.folder import Run
 from tinylab.runs.manifest import MANIFEST, verify_folder

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.formats.load import open_weights
 from tinylab.runs.manifest import sha256_file
 

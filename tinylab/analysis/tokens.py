@@ -12,7 +12,7 @@ from tinylab.model.loss import token_losses
 if TYPE_CHECKING:
     import pandas
 
-    from tinylab.data.tokenizer.load import Tokenizer
+    from tinylab.data.tokenizer.encode import Tokenizer
     from tinylab.model.transformer import Llama
 
 MOST_TOKENS = 8192

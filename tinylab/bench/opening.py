@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from tinylab.config.architecture import Model
 from tinylab.config.presets import preset as find_preset
-from tinylab.config.schema import Model
 from tinylab.errors import ConfigError, TinylabError
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.model.accounting import parameter_counts
 from tinylab.model.transformer import Llama
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model, RopeScaling
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.config.architecture import Model, RopeScaling
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.formats.load import load_folder
 from tinylab.model.generate import generate_ids
 from tinylab.model.transformer import Llama

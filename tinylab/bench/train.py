@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinylab.config.architecture import Model
 from tinylab.config.presets import preset as find_preset
-from tinylab.config.schema import Model, RunConfig
+from tinylab.config.schema import RunConfig
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context, open_context
 from tinylab.errors import ConfigError, TinylabError

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from tinylab.config.schema import RunConfig
-    from tinylab.data.tokenizer.load import Tokenizer
+    from tinylab.data.tokenizer.encode import Tokenizer
     from tinylab.model.transformer import Llama
 
 FORMS = (

@@ -24,10 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinylab.config.schema import Model, RunConfig
+from tinylab.config.architecture import Model
+from tinylab.config.schema import RunConfig
 from tinylab.data.shards.reader import ShardSet
 from tinylab.errors import CheckpointError
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.runs.durable import disk_error, failpoint, fsync_path
 from tinylab.runs.folder import Run, step_name, step_of
 from tinylab.runs.manifest import TEMPORARY_PREFIX, commit_folder, temporary_folder, verify_folder

@@ -28,7 +28,7 @@ def run_verb(
         file: YAML file of parameters; -p wins over it.
         timeout: seconds that each cell may take.
     """
-    from tinylab.notebook import collect_parameters, run_notebook
+    from tinylab.notebook.run import collect_parameters, run_notebook
 
     values = collect_parameters(notebook, [f"{name}={value}" for name, value in parameter], file)
     target = run_notebook(notebook, out, values, timeout=timeout)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from tinylab.config.architecture import Model
 from tinylab.config.schema import (
     STEP_TOKENS,
     Data,
-    Model,
     Optimizer,
     Parallel,
     RunConfig,

@@ -10,23 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinylab.config.architecture import Model, RopeScaling, require_positive
+from tinylab.config.architecture import Model, require_positive
 from tinylab.errors import ConfigError
-
-__all__ = [
-    "Data",
-    "Model",
-    "Optimizer",
-    "Parallel",
-    "RopeScaling",
-    "RunConfig",
-    "Saving",
-    "Schedule",
-    "Source",
-    "Stage",
-    "Validation",
-]
-
 
 STEP_TOKENS = 2_097_152
 """Tokens of a TinyLlama v1.0 step: 1,024 sequences of 2,048."""

@@ -30,7 +30,8 @@ from tinylab.data.corpus.sources import listing, open_corpus
 from tinylab.data.shards.reader import ShardSet, open_shards
 from tinylab.data.shards.writer import DTYPES, ShardWriter, build_manifest, dtype_name, source_entry
 from tinylab.data.spool import Spool, sample
-from tinylab.data.tokenizer.load import Tokenizer, fetch_tokenizer, train_tokenizer
+from tinylab.data.tokenizer.encode import Tokenizer
+from tinylab.data.tokenizer.load import fetch_tokenizer, train_tokenizer
 from tinylab.errors import CheckpointError, DataError
 from tinylab.runs.durable import disk_error, failpoint
 from tinylab.runs.folder import home

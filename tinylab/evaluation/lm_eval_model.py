@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from tinylab.data.tokenizer.load import Tokenizer
+from tinylab.data.tokenizer.encode import Tokenizer
 from tinylab.errors import EvaluationError
 from tinylab.evaluation.batches import Batch, Row, batches
 from tinylab.model.generate import KVCache, generate_ids

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylab.data.shards.reader import ShardSet
-from tinylab.data.tokenizer.load import Tokenizer, load_tokenizer_file
+from tinylab.data.tokenizer.encode import Tokenizer
+from tinylab.data.tokenizer.load import load_tokenizer_file
 from tinylab.errors import CheckpointError, DataError
 from tinylab.runs.durable import read_lines, write_atomic
 

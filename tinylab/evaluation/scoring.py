@@ -19,7 +19,7 @@ from tinylab.runs.durable import disk_error, read_lines, write_atomic
 from tinylab.runs.manifest import MANIFEST, sha256_file
 
 if TYPE_CHECKING:
-    from tinylab.data.tokenizer.load import Tokenizer
+    from tinylab.data.tokenizer.encode import Tokenizer
     from tinylab.evaluation.lm_eval_model import TinylabLM
 
 

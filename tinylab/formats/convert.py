@@ -18,7 +18,8 @@ from torch import Tensor
 from tinylab.catalog.reference import Reference, resolve_reference
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.formats import litgpt
-from tinylab.formats.huggingface import save_weights, write_config
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.huggingface_config import write_config
 from tinylab.formats.load import load_folder, open_weights
 from tinylab.formats.tensors import load_weights
 from tinylab.model.transformer import Llama

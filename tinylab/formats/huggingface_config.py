@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinylab.config.schema import Model, RopeScaling
+from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.runs.durable import disk_error
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats.huggingface import to_huggingface
 from tinylab.formats.litgpt_config import find_config, model_to_litgpt, write_yaml

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.presets import tinyllama_1b, tinyllama_120m
-from tinylab.config.schema import Model, RopeScaling
 from tinylab.errors import CheckpointError, ConfigError
-from tinylab.formats.huggingface import model_from_config
+from tinylab.formats.huggingface_config import model_from_config
 from tinylab.runs.durable import write_atomic
 
 MAX_BYTES = 200_000

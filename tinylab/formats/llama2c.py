@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.formats.tensors import LazyTensor, Weights, load_weights
 from tinylab.model.transformer import Llama

@@ -11,7 +11,8 @@ import torch
 
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt, llama2c
-from tinylab.formats.huggingface import INDEX, model_from_config, read_header, weight_files
+from tinylab.formats.huggingface import INDEX, read_header, weight_files
+from tinylab.formats.huggingface_config import model_from_config
 from tinylab.formats.tensors import LazyTensor, Weights, load_weights
 from tinylab.formats.torch_archive import TorchArchive
 from tinylab.model.transformer import Llama

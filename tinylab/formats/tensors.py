@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats.huggingface import name_map
 from tinylab.formats.mapping import map_parts

@@ -6,7 +6,8 @@ L layers, s tokens of a sequence.
 
 from __future__ import annotations
 
-from tinylab.config.schema import Model, RunConfig
+from tinylab.config.architecture import Model
+from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

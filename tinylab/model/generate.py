@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import ConfigError
 from tinylab.model.transformer import Llama
 

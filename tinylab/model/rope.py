@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 
 
 def rope_frequencies(config: Model) -> Tensor:

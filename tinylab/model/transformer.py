@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.model.attention import attend, document_mask
 from tinylab.model.loss import linear_cross_entropy
 from tinylab.model.rope import RopeTables, apply_rope

@@ -18,7 +18,7 @@ from tinylab.runs.folder import Run
 if TYPE_CHECKING:
     import pandas
 
-    from tinylab.data.tokenizer.load import Tokenizer
+    from tinylab.data.tokenizer.encode import Tokenizer
     from tinylab.model.transformer import Llama
 
 FLIP_COLUMNS = ("task", "direction", "margin_a", "margin_b", "prompt", "right answer", "chosen instead", "origin")
