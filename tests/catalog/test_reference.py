@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,8 @@ from tinylab.catalog.reference import load_model, load_tokenizer, resolve_refere
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
-from tinylab.formats.huggingface import save_weights, to_huggingface
+from tinylab.formats.huggingface import save_weights
 from tinylab.formats.huggingface_config import write_config
-from tinylab.formats.identity import weight_hash
 from tinylab.formats.litgpt import save_pth
 from tinylab.model.transformer import Llama
 from tinylab.runs.folder import Run, home, step_name
@@ -117,38 +114,6 @@ def test_model_folder_and_lit_gpt_file_give_the_same_model(tmp_path):
     assert torch.equal(load_model(tmp_path / "plain")(ids), expected)
     assert resolve_reference(tmp_path / "plain").label == "plain"
     assert resolve_reference(tmp_path / "lit_model.pth").kind == "litgpt"
-
-
-def test_weight_hash_does_not_change_with_sharding_and_does_with_one_value(tmp_path):
-    _write(tmp_path / "one", 1)
-    _write(tmp_path / "many", 1, max_shard_bytes=1500)
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    assert weight_hash(tmp_path / "one") == weight_hash(tmp_path / "many")
-    state = _model(1).state_dict()
-    state["norm.weight"][3] += 1e-6
-    save_weights(state, MODEL, tmp_path / "changed")
-    write_config(MODEL, tmp_path / "changed", bos_id=1, eos_id=2)
-    assert weight_hash(tmp_path / "changed") != weight_hash(tmp_path / "one")
-
-
-def test_weight_hash_does_not_change_with_a_format_that_stores_the_tied_head(tmp_path):
-    config = replace(MODEL, tie_embeddings=True, init="normal")
-    model = Llama(config)
-    model.init_weights(0)
-    save_weights(model.state_dict(), config, tmp_path / "hf")
-    write_config(config, tmp_path / "hf")
-    save_pth(model, tmp_path / "m.pth")
-    assert weight_hash(tmp_path / "hf") == weight_hash(tmp_path / "m.pth")
-
-
-def test_weight_hash_is_the_sha256_that_its_docstring_describes(tmp_path):
-    import hashlib
-
-    _write(tmp_path / "m", 3)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(to_huggingface(_model(3).state_dict(), MODEL).items()):
-        digest.update(json.dumps([name, "torch.float32", list(tensor.shape)]).encode() + tensor.numpy().tobytes())
-    assert weight_hash(tmp_path / "m") == digest.hexdigest()
 
 
 @pytest.mark.parametrize("ref", ["nothing", "small/else/deep", "./nowhere", "/no/such/folder"])

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import CheckpointError
-from tinylab.formats.huggingface import name_map, read_header, save_weights, to_huggingface, weight_files
+from tinylab.formats.huggingface import read_header, save_weights, weight_files
 from tinylab.formats.huggingface_config import config_values, model_from_config, write_config
 from tinylab.formats.load import load_folder
+from tinylab.model.names import name_map, to_huggingface
 from tinylab.model.rope import rope_frequencies
 from tinylab.model.transformer import Llama
 
@@ -64,7 +65,7 @@ def test_transformers_finds_exactly_its_own_tensors(tmp_path: Path):
     ours = to_huggingface(model.state_dict(), BASE)
     assert {k: tuple(v.shape) for k, v in theirs.items()} == {k: tuple(v.shape) for k, v in ours.items()}
     assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
-    wanted = {k: shape for parts in name_map(BASE).values() for k, shape in parts}
+    wanted = {part.name: part.shape for parts in name_map(BASE).values() for part in parts}
     assert wanted == {k: tuple(v.shape) for k, v in theirs.items()}
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt
-from tinylab.formats.huggingface import to_huggingface
 from tinylab.formats.litgpt_config import KNOWN, find_config, model_from_litgpt, model_to_litgpt
+from tinylab.model.names import to_huggingface
 from tinylab.model.transformer import Llama
 
 SHAPE = Model(vocab_size=64, n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, seq_len=32)

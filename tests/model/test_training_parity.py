@@ -13,8 +13,8 @@ from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, Optimizer, RunConfig, Schedule, Source, Stage
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
-from tinylab.formats.huggingface import to_huggingface
 from tinylab.formats.huggingface_config import config_values
+from tinylab.model.names import to_huggingface
 from tinylab.model.transformer import Llama
 from tinylab.optim.schedule import lr_at
 from tinylab.training.state import build_state

@@ -24,7 +24,7 @@ def tensor_table(model: Model) -> pandas.DataFrame:
     """Tensors of the embedding, one layer, final norm and head: our name, its name in checkpoints, shape, share."""
     import pandas
 
-    from tinylab.formats.huggingface import name_map
+    from tinylab.model.names import name_map
 
     total = parameter_counts(model)["total"]
     rows: list[dict[str, Any]] = []
@@ -32,7 +32,7 @@ def tensor_table(model: Model) -> pandas.DataFrame:
         if ours.startswith("blocks.") and not ours.startswith("blocks.0."):
             continue
         times = model.n_layer if ours.startswith("blocks.") else 1
-        for theirs, shape in parts:
+        for theirs, shape, _ in parts:
             size = shape[0] * (shape[1] if len(shape) > 1 else 1)
             row = {"in memory": ours, "in a checkpoint": theirs, "shape": " × ".join(map(str, shape))}
             rows.append({**row, "times": times, "parameters": size * times, "share": size * times / total})

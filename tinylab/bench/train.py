@@ -20,8 +20,8 @@ from tinylab.config.schema import RunConfig
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context, open_context
 from tinylab.errors import ConfigError, TinylabError
-from tinylab.formats.huggingface import to_huggingface
 from tinylab.model.accounting import flops_per_token, parameter_counts
+from tinylab.model.names import to_huggingface
 from tinylab.model.precision import Precision, autocast, resolve_precision
 from tinylab.training.state import TrainState, build_state
 from tinylab.training.step import train_step

@@ -105,14 +105,15 @@ class Scoring:
     def weights(self) -> str:
         """Weight hash of the model; for a committed checkpoint computed once and kept beside the results."""
         from tinylab.formats.identity import weight_hash
+        from tinylab.formats.load import open_weights
 
         folder = self.reference.path
         if not (folder / MANIFEST).is_file():
-            return weight_hash(folder)
+            return weight_hash(open_weights(folder))
         manifest, cache = sha256_file(folder / MANIFEST), self.store.path / "weights.jsonl"
         known = {line["manifest"]: line["weights"] for line in read_lines(cache)[0]}
         if manifest not in known:
-            known[manifest] = weight_hash(folder)
+            known[manifest] = weight_hash(open_weights(folder))
             lines = (json.dumps({"manifest": m, "weights": w}) + "\n" for m, w in known.items())
             try:
                 self.store.path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama folder, both ways: config.json, safetensors with their index, and the one name map.
+"""Hugging Face's Llama folder, both ways: config.json, safetensors with their index.
 
 A folder is never trusted: no pickle is read, the configuration must be a Llama that tinylab computes exactly, file
 names in an index stay inside the folder, and every header is checked before a tensor is read.
@@ -21,15 +21,14 @@ from torch import Tensor
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats.huggingface_config import model_from_config, write_config
+from tinylab.model.names import to_huggingface
 from tinylab.runs.durable import disk_error
 
 __all__ = [
     "StoredTensor",
     "model_from_config",
-    "name_map",
     "read_header",
     "save_weights",
-    "to_huggingface",
     "weight_files",
     "write_config",
 ]
@@ -41,37 +40,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def name_map(config: Model) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
-    """Each of our parameters as the Hugging Face tensors (name, shape) that are its rows, from the top down.
-
-    A tied head is no tensor of its own: it is left out on both sides.
-    """
-    C, F, D = config.d_model, config.d_ff, config.head_size
-    q, kv = config.n_head * D, config.n_kv_head * D
-    names: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
-        "embed.weight": (("model.embed_tokens.weight", (config.vocab_size, C)),)
-    }
-    for i in range(config.n_layer):
-        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        attn, mlp = theirs + "self_attn.", theirs + "mlp."
-        names |= {
-            ours + "attn_norm.weight": ((theirs + "input_layernorm.weight", (C,)),),
-            ours + "attn.qkv.weight": (
-                (attn + "q_proj.weight", (q, C)),
-                (attn + "k_proj.weight", (kv, C)),
-                (attn + "v_proj.weight", (kv, C)),
-            ),
-            ours + "attn.out.weight": ((attn + "o_proj.weight", (C, q)),),
-            ours + "mlp_norm.weight": ((theirs + "post_attention_layernorm.weight", (C,)),),
-            ours + "mlp.gate_up.weight": ((mlp + "gate_proj.weight", (F, C)), (mlp + "up_proj.weight", (F, C))),
-            ours + "mlp.down.weight": ((mlp + "down_proj.weight", (C, F)),),
-        }
-    names["norm.weight"] = (("model.norm.weight", (C,)),)
-    if not config.tie_embeddings:
-        names["head.weight"] = (("lm_head.weight", (config.vocab_size, C)),)
-    return names
-
-
 class StoredTensor(NamedTuple):
     """What the header of a safetensors file says of one tensor."""
 
@@ -79,15 +47,6 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     """The byte of the file at which its values begin."""
-
-
-def to_huggingface(state: Mapping[str, Tensor], config: Model) -> dict[str, Tensor]:
-    """Our state as Hugging Face's names: views of the same memory, nothing is copied."""
-    result: dict[str, Tensor] = {}
-    for name, parts in name_map(config).items():
-        rows = state[name].detach().split([shape[0] for _, shape in parts])
-        result |= {part: piece for (part, _), piece in zip(parts, rows, strict=True)}
-    return result
 
 
 def weight_files(folder: Path) -> list[str]:

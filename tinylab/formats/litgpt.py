@@ -24,10 +24,10 @@ from torch import Tensor
 
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
-from tinylab.formats.huggingface import to_huggingface
 from tinylab.formats.litgpt_config import find_config, model_to_litgpt, write_yaml
 from tinylab.formats.tensors import LazyTensor, Weights, load_weights
 from tinylab.formats.torch_archive import TorchArchive
+from tinylab.model.names import to_huggingface
 from tinylab.model.transformer import Llama
 from tinylab.runs.durable import disk_error
 

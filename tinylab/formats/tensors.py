@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
-from tinylab.formats.huggingface import name_map
 from tinylab.formats.mapping import map_parts
+from tinylab.model.names import name_map
 from tinylab.model.transformer import Llama
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -82,7 +82,7 @@ class Weights:
             raise CheckpointError(
                 f"{self.origin} must hold the {self.model.n_layer} layers of its configuration; found {len(layers)}"
             )
-        expected = {part: shape for parts in name_map(self.model).values() for part, shape in parts}
+        expected = {p.name: p.shape for parts in name_map(self.model).values() for p in parts}
         repeated = {"lm_head.weight"} if self.model.tie_embeddings else set()
         kept = {n: t for n, t in self.tensors.items() if n not in repeated and not _DERIVED.fullmatch(n)}
         check_shapes({n: t.shape for n, t in kept.items()}, expected, self.origin)
@@ -172,12 +172,12 @@ def load_weights(
     for name, parts in name_map(weights.model).items():
         module = model.get_submodule(name.removesuffix(".weight"))
         target = module.get_parameter("weight")
-        tensors = [weights.tensors[part] for part, _ in parts]
+        tensors = [weights.tensors[part.name] for part in parts]
         mapped = _map(tensors, target) if on_cpu and not copy else None
         if mapped is not None:
             module.register_parameter("weight", torch.nn.Parameter(mapped))
             continue
-        for tensor, rows in zip(tensors, target.split([shape[0] for _, shape in parts]), strict=True):
+        for tensor, rows in zip(tensors, (target[part.rows] for part in parts), strict=True):
             if on_cpu and tensor.place is not None and tensor.dtype == rows.dtype:
                 to_read.append((*tensor.place, rows))
             else:
