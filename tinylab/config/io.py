@@ -45,8 +45,8 @@ def run_to_dict(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-def run_to_toml(run: RunConfig) -> str:
-    """The whole configuration as TOML; `load_run` gives an equal configuration back."""
+def run_to_toml(run: RunConfig | dict[str, Any]) -> str:
+    """The whole configuration (or its plain values) as TOML; `load_run` gives an equal configuration back."""
     lines: list[str] = []
     _write_table(run_to_dict(run), "", lines)
     return "\n".join(lines).strip() + "\n"

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from tinylab.checkpoint.store import prune, save_checkpoint, saves_at
+from tinylab.config.digest import DIGEST_VERSION, config_digest
 from tinylab.config.schema import RunConfig
 from tinylab.data.loader import Loader, StepBatch
 from tinylab.data.prepare import prepare
@@ -27,7 +28,6 @@ from tinylab.training.hooks import Heartbeat, Hook, StopRequest, progress_hooks
 from tinylab.training.meter import Meter
 from tinylab.training.opening import (
     begin_lineage,
-    config_digest,
     layout_of,
     one_trainer,
     open_run,
@@ -141,6 +141,7 @@ def _trainer_record(config: RunConfig, context: Context, shards: ShardSet, state
         "tokenizer_hash": tokenizer["hash"],
         "boundary": tokenizer["boundary"],
         "config_digest": config_digest(config),
+        "config_digest_version": DIGEST_VERSION,
     }
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tinylab.checkpoint.store import latest_good, prune, read_record
+from tinylab.config.digest import config_digest
 from tinylab.config.io import run_to_dict, run_to_toml
 from tinylab.config.schema import Parallel, RunConfig
 from tinylab.data.loader import validation_windows
@@ -102,7 +101,8 @@ def _require_same(config: RunConfig, run: Run) -> None:
 
 def _require_own(config: RunConfig, checkpoint: Path) -> None:
     """Raise CheckpointError unless the checkpoint was written under this configuration (config.toml may be lost)."""
-    if read_record(checkpoint)["config_digest"] != config_digest(config):
+    record = read_record(checkpoint)
+    if record["config_digest"] != config_digest(config, record.get("config_digest_version", 1)):
         raise CheckpointError(
             f"{checkpoint} must come from the configuration asked for; it was written under another one. "
             "Restore the run's config.toml, or choose another run folder"
@@ -121,12 +121,6 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         result |= flatten(value, name + ".") if isinstance(value, dict | list) else {name: value}
     return result
-
-
-def config_digest(config: RunConfig) -> str:
-    """SHA-256 of everything in the configuration but the layout of the work and the place of the data."""
-    same = replace(config, parallel=Parallel(), data=replace(config.data, path=None))
-    return hashlib.sha256(run_to_toml(same).encode()).hexdigest()
 
 
 def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path | None) -> None:
