@@ -25,7 +25,7 @@ def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with the finished run `tiny` in it: 24 steps of a 0.2M model on a little real text, scored."""
     from tinylab.config.io import override
     from tinylab.config.presets import preset
-    from tinylab.evaluation.run import evaluate
+    from tinylab.evaluation.evaluate import evaluate
     from tinylab.runs.folder import Run
     from tinylab.training.loop import train
 

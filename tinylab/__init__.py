@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from tinylab.config import presets as presets
     from tinylab.data.prepare import prepare as prepare
     from tinylab.evaluation.compare import compare as compare
+    from tinylab.evaluation.evaluate import evaluate as evaluate
     from tinylab.evaluation.published import published as published
     from tinylab.evaluation.records import Scores as Scores
-    from tinylab.evaluation.run import evaluate as evaluate
     from tinylab.model.generate import generate as generate
     from tinylab.planner import plan as plan
     from tinylab.runs.folder import Run as Run
@@ -30,7 +30,7 @@ _NAMES = {
     "Run": "tinylab.runs.folder:Run",
     "Scores": "tinylab.evaluation.records:Scores",
     "compare": "tinylab.evaluation.compare:compare",
-    "evaluate": "tinylab.evaluation.run:evaluate",
+    "evaluate": "tinylab.evaluation.evaluate:evaluate",
     "generate": "tinylab.model.generate:generate",
     "load_model": "tinylab.catalog.reference:load_model",
     "load_tokenizer": "tinylab.catalog.reference:load_tokenizer",

@@ -85,7 +85,7 @@ def _validation_losses(run: Run) -> list[float]:
 
 
 def _evaluate(run: Run) -> str:
-    from tinylab.evaluation.run import evaluate
+    from tinylab.evaluation.evaluate import evaluate
 
     records = evaluate(run.path, all_checkpoints=True)
     return f"{len(records)} measurements of {len(run.checkpoints())} checkpoints in {run.evaluations_path}"

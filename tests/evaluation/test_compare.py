@@ -8,8 +8,8 @@ import pytest
 
 from tinylab.errors import ConfigError, EvaluationError, NothingFoundError
 from tinylab.evaluation.compare import compare, compare_records
+from tinylab.evaluation.evaluate import evaluate
 from tinylab.evaluation.records import Key, ResultStore, Scores, items_hash, margin, predictions
-from tinylab.evaluation.run import evaluate
 from tinylab.evaluation.statistics import mcnemar
 
 PROFILE = {"name": "p", "add_bos": False, "dtype": "fp32"}

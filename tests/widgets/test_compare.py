@@ -5,13 +5,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from tinylab.analysis.tokens import compare_tokens, text_losses, token_texts
-from tinylab.catalog.reference import load_model, load_tokenizer
-from tinylab.errors import EvaluationError
+from tinylab.analysis.token_losses import compare_tokens
 from tinylab.runs.folder import Run
 from tinylab.widgets import compare_view
 from tinylab.widgets.view import compare_scores, load, scored_pair
@@ -27,44 +23,6 @@ def form(lab: Path):
 
         steps = [int(p.name[5:]) for p in Run("tiny").checkpoints()]
         yield CompareCheckpoints(f"tiny@{steps[2]}", "tiny", text=TEXT, prompts=["import os\n\ndef", "The"])
-
-
-def test_token_losses_equal_those_of_transformers_one_pass(lab: Path):
-    import transformers
-
-    folder = str(Run("tiny").checkpoints()[-1])
-    tokenizer = load_tokenizer(folder)
-    ids, losses = text_losses(load_model(folder, dtype=torch.float32), tokenizer, TEXT[:40])
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    stream = torch.tensor([[tokenizer.eos_id, *ids]])
-    with torch.no_grad():
-        logs = peer(stream).logits.log_softmax(-1)
-    expected = -logs[0, :-1].gather(1, stream[0, 1:, None])[:, 0]
-    np.testing.assert_allclose(losses, expected, atol=1e-4)  # fp32, another order of sums
-
-
-def test_a_text_longer_than_the_context_gives_each_token_one_loss(lab: Path):
-    folder = str(Run("tiny").checkpoints()[-1])
-    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
-    short, long = TEXT, TEXT * 6
-    ids, losses = text_losses(model, tokenizer, long)
-    assert len(ids) == len(losses) > model.config.seq_len
-    context = model.config.seq_len
-    np.testing.assert_allclose(losses[:10], text_losses(model, tokenizer, short)[1][:10], atol=1e-4)
-    at = context + 3  # inside the second window, which begins half a context before the first new token
-    start = context - context // 2
-    window = torch.tensor([[tokenizer.eos_id, *ids][start : at + 2]])
-    with torch.no_grad():
-        expected = -model(window[:, :-1]).log_softmax(-1)[0, -1, window[0, -1]]
-    assert losses[at] == pytest.approx(float(expected), abs=1e-4)
-    with pytest.raises(EvaluationError, match="2 to 8192 tokens; found 0"):
-        text_losses(model, tokenizer, "")
-
-
-def test_token_texts_join_to_the_text(lab: Path):
-    tokenizer = load_tokenizer("tiny")
-    ids = tokenizer.encode(TEXT)
-    assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_the_view_holds_the_numbers_of_the_functions_beneath(lab: Path):

@@ -132,7 +132,7 @@ def _published_table(rows: list[dict[str, Any]]) -> str:
 
 def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
     """The audit of a series as a table, its problems as messages."""
-    from tinylab.analysis.audit import audit_series
+    from tinylab.analysis.series_audit import audit_series
 
     found = audit_series(refs, progress=lambda line: print(line, file=sys.stderr))
     if figure is not None:

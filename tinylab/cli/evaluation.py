@@ -42,7 +42,7 @@ def evaluate_verb(
     """
     if not refs:
         raise ConfigError("evaluate needs at least one REF; found none. List runs: tinylab runs")
-    from tinylab.evaluation.run import evaluate
+    from tinylab.evaluation.evaluate import evaluate
 
     records = evaluate(
         refs,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tinylab.catalog.reference import Reference, resolve_reference
 from tinylab.errors import NothingFoundError
+from tinylab.evaluation.evaluate import evaluate
 from tinylab.evaluation.paired import Comparison, compare_records
 from tinylab.evaluation.profile import Profile
 from tinylab.evaluation.profile import profile as find_profile
 from tinylab.evaluation.records import Record, ResultStore, default_store, open_store
-from tinylab.evaluation.run import evaluate
-from tinylab.evaluation.scoring import Scoring
+from tinylab.evaluation.score_model import Scoring
 from tinylab.evaluation.tasks import BENCHMARK_FILES, PROBES, expand
 
 __all__ = ["Comparison", "compare", "compare_records"]

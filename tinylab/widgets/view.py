@@ -45,7 +45,7 @@ class ComparisonView:
     identity: pandas.DataFrame
     """One row per property, columns A and B."""
     tokens: pandas.DataFrame
-    """Loss by token (analysis/tokens.py); empty when the tokenizers differ."""
+    """Loss by token (analysis/token_losses.py); empty when the tokenizers differ."""
     generations: pandas.DataFrame
     """`prompt`, and the continuation by each model."""
     scores: pandas.DataFrame
@@ -169,7 +169,7 @@ def compare_scores(a: str | Reference, b: str | Reference, store: str | None = N
 def _tokens(first: Loaded, second: Loaded, text: str, notes: list[str]) -> Any:
     import pandas
 
-    from tinylab.analysis.tokens import compare_tokens
+    from tinylab.analysis.token_losses import compare_tokens
 
     try:
         if first.tokenizer.hash == second.tokenizer.hash:

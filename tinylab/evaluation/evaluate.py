@@ -13,7 +13,7 @@ from tinylab.errors import ConfigError, DataError, EvaluationError
 from tinylab.evaluation.profile import Profile
 from tinylab.evaluation.profile import profile as find_profile
 from tinylab.evaluation.records import Record, ResultStore, default_store, open_store
-from tinylab.evaluation.scoring import Scoring, say
+from tinylab.evaluation.score_model import Scoring, say
 from tinylab.evaluation.tasks import PROBES, EvaluationTask, benchmark, expand, probe
 from tinylab.runs.folder import Run
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from tinylab.analysis.audit import SeriesAudit, audit_series
-from tinylab.analysis.path import _added, find_strays, violation
+from tinylab.analysis.series_audit import SeriesAudit, audit_series
+from tinylab.analysis.series_order import _added, find_strays, violation
 from tinylab.catalog.reference import resolve_reference
 from tinylab.config.architecture import Model
 from tinylab.errors import NothingFoundError

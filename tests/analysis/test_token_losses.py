@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from tinylab.analysis.tokens import compare_tokens, loss_by_position, token_spans, token_texts, top_changes
+from tinylab.analysis.token_losses import (
+    compare_tokens,
+    loss_by_position,
+    text_losses,
+    token_spans,
+    token_texts,
+    top_changes,
+)
 from tinylab.config.architecture import Model
 from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
 from tinylab.errors import EvaluationError
 from tinylab.model.transformer import Llama
+from tinylab.runs.folder import Run
 
 TEXT = "The walk was long, said the wälker — and\nso  it was 🙂. The rest walked on for the whole long day."
+
+SENTENCE = "Return a new list <b>containing</b> all items from the iterable, in $ascending$ order: über 你好."
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +83,41 @@ def test_top_changes_and_positions_sum_up_the_table(tokenizer, models):
 def test_a_text_without_tokens_is_refused(tokenizer, models):
     with pytest.raises(EvaluationError, match="the text must have 2 to 8192 tokens; found 0"):
         compare_tokens(*models, tokenizer, "")
+
+
+def test_token_losses_equal_those_of_transformers_one_pass(lab: Path):
+    import transformers
+
+    folder = str(Run("tiny").checkpoints()[-1])
+    tokenizer = load_tokenizer(folder)
+    ids, losses = text_losses(load_model(folder, dtype=torch.float32), tokenizer, SENTENCE[:40])
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stream = torch.tensor([[tokenizer.eos_id, *ids]])
+    with torch.no_grad():
+        logs = peer(stream).logits.log_softmax(-1)
+    expected = -logs[0, :-1].gather(1, stream[0, 1:, None])[:, 0]
+    np.testing.assert_allclose(losses, expected, atol=1e-4)  # fp32, another order of sums
+
+
+def test_a_text_longer_than_the_context_gives_each_token_one_loss(lab: Path):
+    folder = str(Run("tiny").checkpoints()[-1])
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    short, long = SENTENCE, SENTENCE * 6
+    ids, losses = text_losses(model, tokenizer, long)
+    assert len(ids) == len(losses) > model.config.seq_len
+    context = model.config.seq_len
+    np.testing.assert_allclose(losses[:10], text_losses(model, tokenizer, short)[1][:10], atol=1e-4)
+    at = context + 3  # inside the second window, which begins half a context before the first new token
+    start = context - context // 2
+    window = torch.tensor([[tokenizer.eos_id, *ids][start : at + 2]])
+    with torch.no_grad():
+        expected = -model(window[:, :-1]).log_softmax(-1)[0, -1, window[0, -1]]
+    assert losses[at] == pytest.approx(float(expected), abs=1e-4)
+    with pytest.raises(EvaluationError, match="2 to 8192 tokens; found 0"):
+        text_losses(model, tokenizer, "")
+
+
+def test_token_texts_join_to_the_text(lab: Path):
+    tokenizer = load_tokenizer("tiny")
+    ids = tokenizer.encode(SENTENCE)
+    assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)

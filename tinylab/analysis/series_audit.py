@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinylab.analysis.fingerprint import Fingerprint, distance_matrix, fingerprint
-from tinylab.analysis.path import Finding, bends, find_strays, violation
+from tinylab.analysis.series_order import Finding, bends, find_strays, violation
 from tinylab.catalog.reference import Reference, resolve_reference, run_references
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError, NothingFoundError

@@ -10,11 +10,11 @@ import pandas
 import pytest
 from scipy import stats
 
-from tinylab.analysis.moves import mean_contributions, own_moves, published_moves
-from tinylab.analysis.spikes import loss_spikes
+from tinylab.analysis.loss_spikes import loss_spikes
+from tinylab.analysis.score_moves import mean_contributions, own_moves, published_moves
+from tinylab.evaluation.evaluate import evaluate
 from tinylab.evaluation.published import published
 from tinylab.evaluation.records import Scores
-from tinylab.evaluation.run import evaluate
 from tinylab.runs.folder import Run
 
 

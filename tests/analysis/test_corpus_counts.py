@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylab.analysis import corpus
+from tinylab.analysis import corpus_counts
 from tinylab.data.shards.reader import ShardSet, ShardWriter, build_manifest, open_shards, source_entry
 from tinylab.runs.manifest import commit_folder, temporary_folder
 
@@ -32,7 +32,7 @@ def shards(tmp_path: Path) -> ShardSet:
 
 
 def test_the_table_counts_every_split_and_source_also_an_empty_one(shards):
-    table = corpus.shard_table(shards, seq_len=4)
+    table = corpus_counts.shard_table(shards, seq_len=4)
     assert table.values.tolist() == [
         ["train", "prose", 3, 9, 9, 1.0, 2],
         ["train", "code", 1, 2, 3, 1.5, 0],
@@ -43,23 +43,23 @@ def test_the_table_counts_every_split_and_source_also_an_empty_one(shards):
 
 @pytest.mark.parametrize(("most", "expected"), [(100, [4, 2, 3]), (9, [4, 2, 3]), (8, [4, 2]), (5, [4])])
 def test_lengths_are_of_whole_documents_within_the_tokens_looked_at(shards, monkeypatch, most, expected):
-    monkeypatch.setattr(corpus, "MOST_TOKENS", most)
-    lengths = corpus.document_lengths(shards)
+    monkeypatch.setattr(corpus_counts, "MOST_TOKENS", most)
+    lengths = corpus_counts.document_lengths(shards)
     assert lengths["prose"].tolist() == expected and lengths["code"].tolist() == [2]
-    assert corpus.document_lengths(shards, "validation")["code"].tolist() == []
+    assert corpus_counts.document_lengths(shards, "validation")["code"].tolist() == []
 
 
 def test_ids_are_counted_over_the_whole_vocabulary(shards, monkeypatch):
-    assert corpus.token_counts(shards)["prose"].tolist() == [0, 0, 3, 0, 0, 3, 1, 1, 1, 0, 0, 0]
-    assert corpus.token_counts(shards, "validation")["code"].tolist() == [0] * 12
-    monkeypatch.setattr(corpus, "MOST_TOKENS", 4)
-    assert corpus.token_counts(shards)["prose"].sum() == 4
+    assert corpus_counts.token_counts(shards)["prose"].tolist() == [0, 0, 3, 0, 0, 3, 1, 1, 1, 0, 0, 0]
+    assert corpus_counts.token_counts(shards, "validation")["code"].tolist() == [0] * 12
+    monkeypatch.setattr(corpus_counts, "MOST_TOKENS", 4)
+    assert corpus_counts.token_counts(shards)["prose"].sum() == 4
 
 
 def test_documents_of_a_sample_are_one_text():
     documents = [{"origin": "a.txt", "tokens": 3}, {"origin": "b.txt", "tokens": 2}]
     sample = {"n": 7, "source": "prose", "epoch": 0, "window": 1, "first_token": 4, "documents": documents}
-    (row,) = corpus.sample_table([sample]).to_dict("records")
+    (row,) = corpus_counts.sample_table([sample]).to_dict("records")
     assert row == {
         "n": 7,
         "source": "prose",

@@ -13,13 +13,13 @@ import torch
 
 from tinylab.catalog.reference import load_model, load_tokenizer
 from tinylab.errors import ConfigError, DataError, EvaluationError, NothingFoundError
-from tinylab.evaluation import run as harness
+from tinylab.evaluation import evaluate as entry
 from tinylab.evaluation.compare import compare
+from tinylab.evaluation.evaluate import evaluate
 from tinylab.evaluation.lm_eval_model import TinylabLM
 from tinylab.evaluation.probes import build_probe
 from tinylab.evaluation.records import Scores, score_item
-from tinylab.evaluation.run import evaluate
-from tinylab.evaluation.scoring import run_task
+from tinylab.evaluation.score_model import run_task
 from tinylab.evaluation.tasks import BENCHMARK_FILES, benchmark, probe
 from tinylab.runs.folder import Run
 
@@ -174,16 +174,16 @@ def test_limit_makes_another_measurement_of_the_first_items(lab, tmp_path):
 
 
 def test_a_killed_evaluation_keeps_its_finished_tasks(lab, tmp_path, monkeypatch):
-    from tinylab.evaluation import scoring
+    from tinylab.evaluation import score_model
 
-    run_task = scoring.run_task
+    run_task = score_model.run_task
 
     def killed(lm, task, limit=None):
         if task.name == "code":
             raise KeyboardInterrupt
         return run_task(lm, task, limit)
 
-    monkeypatch.setattr(scoring, "run_task", killed)
+    monkeypatch.setattr(score_model, "run_task", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(lab.checkpoints[0], store=tmp_path, progress=False)
     assert [r.key.task for r in Scores(tmp_path).records()] == ["continuation"]
@@ -191,14 +191,14 @@ def test_a_killed_evaluation_keeps_its_finished_tasks(lab, tmp_path, monkeypatch
 
 def test_a_checkpoint_that_retention_removes_meanwhile_is_left_out(lab, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(lab.run.path, tmp_path / "runs" / "small")
-    references = harness._references
+    references = entry._references
 
     def removing(ref, all_checkpoints):
         found = references(ref, all_checkpoints)
         shutil.rmtree(found[0].path)
         return found
 
-    monkeypatch.setattr(harness, "_references", removing)
+    monkeypatch.setattr(entry, "_references", removing)
     (record,) = evaluate(run, tasks="code", limit=2, all_checkpoints=True)
     assert record.header["label"] == "small@9" and "left out: small@4 was removed" in capsys.readouterr().err
 

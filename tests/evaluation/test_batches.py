@@ -12,7 +12,7 @@ from tinylab.evaluation import batches as planning
 from tinylab.evaluation.batches import batches
 from tinylab.evaluation.lm_eval_model import TinylabLM
 from tinylab.evaluation.probes import build_probe
-from tinylab.evaluation.scoring import run_task
+from tinylab.evaluation.score_model import run_task
 from tinylab.evaluation.tasks import probe
 
 
