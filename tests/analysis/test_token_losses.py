@@ -16,6 +16,7 @@ from tinylab.analysis.token_losses import (
     token_texts,
     top_changes,
 )
+from tinylab.catalog.reference import load_model, load_tokenizer
 from tinylab.config.architecture import Model
 from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
 from tinylab.errors import EvaluationError
