@@ -61,7 +61,7 @@ def profile(name: str | Profile) -> Profile:
     }
     if name not in known:
         raise ConfigError(
-            f"profile must be one of {', '.join(known)}; found {name!r}. {did_you_mean(name, known)}".strip()
+            f"profile must be one of {', '.join(known)}; found {name!r}; {did_you_mean(name, known, 'choose one of them')}"
         )
     return known[name]
 

@@ -58,7 +58,7 @@ def expand(names: str | Sequence[str]) -> list[str]:
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
             raise ConfigError(
-                f"tasks must be among {', '.join(known)}; found {name!r}. {did_you_mean(name, known)}".strip()
+                f"tasks must be among {', '.join(known)}; found {name!r}; {did_you_mean(name, known, 'choose one of them')}"
             )
         result += [n for n in GROUPS.get(name, (name,)) if n not in result]
     if not result:
