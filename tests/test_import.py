@@ -40,7 +40,8 @@ def test_import_loads_nothing_heavy():
 
 def test_command_line_module_and_its_help_load_nothing_heavy():
     code = (
-        f"import sys; from tinylab.cli import main; main(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+        f"import sys; from tinylab.cli.command import main; main(['--help'])\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     assert fresh(code).splitlines()[-1] == "[]"
 

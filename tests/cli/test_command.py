@@ -195,7 +195,7 @@ def test_json_is_one_document_and_everything_else_goes_to_standard_error(
 
 
 def test_a_reader_that_leaves_does_not_change_the_exit_code():
-    code = "import sys; from tinylab.cli import main; sys.exit(main(['--help']))"
+    code = "import sys; from tinylab.cli.command import main; sys.exit(main(['--help']))"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.close()
