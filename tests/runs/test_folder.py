@@ -84,6 +84,20 @@ def test_the_home_of_nobody_is_no_place(monkeypatch: pytest.MonkeyPatch):
         home()
 
 
+def test_a_kernel_started_in_the_notebooks_of_a_checkout_finds_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TINYLAB_HOME")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert home() == tmp_path / "notebooks"
+    (tmp_path / "tinylab" / "cli").mkdir(parents=True)
+    assert home() == tmp_path
+    (tmp_path / "notebooks" / "params").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks" / "params")
+    assert home() == tmp_path / "notebooks" / "params"
+
+
 def test_runs_are_listed_by_name(private_home: Path):
     assert list_runs() == []
     for name in ("b", "a"):

@@ -26,8 +26,14 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 def home() -> Path:
-    """The folder that holds `data/` and `runs/`: TINYLAB_HOME, or the current folder."""
-    return _expanded(os.environ.get("TINYLAB_HOME") or ".")
+    """The folder that holds `data/` and `runs/`: TINYLAB_HOME, else the current folder.
+
+    In the `notebooks/` of a checkout, where Jupyter and VS Code start kernels, it is the checkout.
+    """
+    if place := os.environ.get("TINYLAB_HOME"):
+        return _expanded(place)
+    here = Path.cwd()
+    return here.parent if here.name == "notebooks" and (here.parent / "tinylab" / "cli").is_dir() else here
 
 
 def resolve_run(name: str | Path) -> Path:
