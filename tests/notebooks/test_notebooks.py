@@ -70,7 +70,7 @@ def test_all_notebooks_are_there():
 def test_structure(name: str):
     notebook, cells = read(name), read(name).cells
     nbformat.validate(notebook)
-    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.kernelspec == {"name": "tinylab", "display_name": "tinylab", "language": "python"}
     assert len({cell.id for cell in cells}) == len(cells)
     first = cells[0].source
     assert cells[0].cell_type == "markdown" and re.match(r"# .+\?\n", first), "the title is a question"

@@ -104,7 +104,7 @@ class TinylabEngine(NBClientEngine):
         )
         variables = {EXECUTOR_VARIABLE: "papermill", OUT_VARIABLE: out, "TINYLAB_HOME": str(home())}
         with TemporaryDirectory(prefix="tinylab-kernel-") as folder:
-            if kernel_name == "python3":
+            if kernel_name in ("python3", "tinylab"):
                 final |= {"kernel_manager_class": InterpreterKernel, "config": _private_sockets(Path(folder))}
             client = Client(nb_man, **final)
             with _environment(variables), _signals(client):
