@@ -22,7 +22,8 @@ KEYS := $(shell $(PYTHON) -c "import hashlib, os, pathlib, sys; \
 	assert sys.version_info >= (3, 11); \
 	python = hashlib.sha256(repr((sys.version, sys.base_prefix, os.getcwd())).encode()); \
 	print(python.hexdigest()[:12]); \
-	[python.update(pathlib.Path(p).read_bytes()) for p in ('pyproject.toml', 'env/constraints.txt', 'env/constraints-cpu.txt')]; \
+	files = ['pyproject.toml', 'env/constraints.txt', 'env/constraints-cpu.txt', *sorted(map(str, pathlib.Path('env/jupyter').iterdir()))]; \
+	[python.update(pathlib.Path(p).read_bytes()) for p in files]; \
 	python.update(b'$(CONSTRAINTS)'); \
 	print(python.hexdigest()[:12])" 2>/dev/null)
 VENV := .venv/.python-$(word 1,$(KEYS))
@@ -46,6 +47,11 @@ $(STAMP): $(VENV)
 	  -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -e ".[notebook,evaluate,dev]"
 	@$(BIN)/python -m ipykernel install --sys-prefix --name tinylab --display-name tinylab \
 	  --env GOMP_SPINCOUNT 1000 >/dev/null
+	@# JupyterLab: no question about news. Git: a notebook that was run and saved is unchanged (.gitattributes).
+	@mkdir -p .venv/share/jupyter/lab/settings .venv/etc/jupyter
+	@cp env/jupyter/overrides.json .venv/share/jupyter/lab/settings/
+	@cp env/jupyter/jupyter_server_config.py .venv/etc/jupyter/
+	@git config filter.tinylab-notebook.clean "python3 env/jupyter/strip_notebook.py" 2>/dev/null || true
 	@rm -f .venv/.setup-* && touch $@
 	@echo "ready: $(BIN)/tinylab --help"
 
