@@ -11,17 +11,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill import inspect_notebook
 
 from tinylab.checkpoint.store import early_steps
 from tinylab.config import presets
 from tinylab.demo import demo
 from tinylab.errors import ConfigError, NothingFoundError
-from tinylab.notebook import list_notebooks
-from tinylab.notebook.run import notebook_parameters, run_notebook
+from tinylab.notebook.run import list_notebooks, notebook_parameters, run_notebook
 from tinylab.runs.folder import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = {path.stem: path for path in list_notebooks(ROOT / "notebooks")}
+NOTEBOOKS = {path.stem: path for path in list_notebooks()}
 EXPECTED = (
     "00_doctor_and_tour",
     "01_data_and_tokens",
@@ -80,7 +80,8 @@ def test_structure(name: str):
     assert parameters.metadata.tags == ["parameters"]
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
-    assert all(p.comment for p in notebook_parameters(NOTEBOOKS[name]).values()), "each parameter has meaning and unit"
+    shown = inspect_notebook(str(NOTEBOOKS[name])).values()
+    assert all(p["help"] for p in shown), "each parameter has meaning and unit"
     assert "write_result" in cells[-1].source and f'"{name}"' in cells[-1].source
     for cell in code_cells(name):
         assert not cell.outputs and cell.execution_count is None, "no outputs in git"

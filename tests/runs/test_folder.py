@@ -93,9 +93,9 @@ def test_a_kernel_started_in_the_notebooks_of_a_checkout_finds_its_runs(
     assert home() == tmp_path / "notebooks"
     (tmp_path / "tinylab" / "cli").mkdir(parents=True)
     assert home() == tmp_path
-    (tmp_path / "notebooks" / "params").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks" / "params")
-    assert home() == tmp_path / "notebooks" / "params"
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert home() == tmp_path / "mine"
 
 
 def test_runs_are_listed_by_name(private_home: Path):

@@ -17,7 +17,6 @@ from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1_000_000
-MAX_DEPTH = 50
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -111,17 +110,19 @@ def _parse_value(text: str, key: str) -> Any:
     return values["v"] if len(values) == 1 else text
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_text(path: Path, kind: str) -> str:
+    """The text of a file that a user wrote. Raises ConfigError if it cannot be read or is larger than 1 MB."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} must be at most {MAX_BYTES} bytes; found {path.stat().st_size}")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    if max((line.count("[") + line.count("{") for line in text.splitlines()), default=0) > MAX_DEPTH:
-        raise ConfigError(f"{path} must not nest deeper than {MAX_DEPTH} levels")
+        raise ConfigError(f"cannot read the {kind} {path}: {error}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(read_text(path, "configuration"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 

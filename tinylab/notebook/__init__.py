@@ -1,41 +1,25 @@
-"""Notebooks without a browser: papermill with strict parameters, atomic output, signals and our exit codes.
+"""What notebooks call, and `tinylab run`, which executes them without a browser.
 
-`run_notebook` executes one, `collect_parameters` reads values as the command line gives them, `continue_run` is
-notebook 02, `write_result` is what a last cell calls. Nothing here imports papermill before a notebook is really run.
+The names here are for cells; `tinylab.notebook.run` executes a notebook by papermill with strict parameters, atomic
+output, signals and our exit codes. papermill itself is imported when a notebook is executed.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tinylab.notebook.parameters import Parameter, read_cell, read_yaml
 from tinylab.notebook.pretrain import continue_run, planned
 from tinylab.notebook.results import result_path, write_result
-from tinylab.notebook.run import collect_parameters, find_notebook, list_notebooks, notebook_parameters, run_notebook
 
-__all__ = [
-    "Parameter",
-    "collect_parameters",
-    "continue_run",
-    "find_notebook",
-    "list_notebooks",
-    "notebook_parameters",
-    "planned",
-    "read_cell",
-    "read_yaml",
-    "result_path",
-    "run_notebook",
-    "write_result",
-]
+__all__ = ["continue_run", "planned", "result_path", "write_result"]
 
 
 def __getattr__(name: str) -> Any:
-    """`TinylabEngine` and `AtomicHandler` on demand: papermill asks for its entry point while it loads."""
-    if name in ("TinylabEngine", "AtomicHandler"):
-        import papermill  # first, whoever asks first: engine.py needs it, and it needs engine.py
+    """`TinylabEngine` on demand: papermill asks for its entry point while it loads."""
+    if name == "TinylabEngine":
+        import papermill  # noqa: F401  # first: engine.py needs it, and papermill needs engine.py while it loads
 
-        assert papermill
-        from tinylab.notebook import engine
+        from tinylab.notebook.engine import TinylabEngine
 
-        return getattr(engine, name)
+        return TinylabEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,27 +1,21 @@
-"""The parameters of a notebook: read from its tagged cell by syntax, filled strictly, from text or from YAML.
+"""The parameters of a notebook: read from its tagged cell by syntax, and filled strictly.
 
-papermill alone injects unknown names with a warning, and its YAML turns `4e-4` into text and `no` into false.
+papermill alone injects an unknown name with a warning, and guesses types from text.
 """
 
 from __future__ import annotations
 
 import ast
-import io
 import json
-import keyword
 import math
 import re
-import tokenize
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tinylab.config.counts import parse_count
 from tinylab.errors import ConfigError, did_you_mean
 
-MAX_YAML_BYTES = 1_000_000
-MAX_DEPTH = 50
-_SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
+_TYPE = re.compile(r"(Optional\[)?((int|float|str|bool|dict|list)|list\[(int|float|str|bool)\])(?(1)\])")
 _WORDS = {
     "int": "a whole number such as 200000 or 200K",
     "float": "a finite number",
@@ -34,73 +28,65 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of the tagged cell: `name: annotation = default  # comment`."""
+    """One line of the tagged cell: `name: type = default`."""
 
     name: str
-    annotation: str
-    """`int`, `float`, `str`, `bool`, `dict`, `list`, `list[str]` and the like, or `Optional[…]` of one of them."""
+    base: str
+    """`int`, `float`, `str`, `bool`, `dict`, `list`, or a list of one scalar type such as `list[str]`."""
+    optional: bool
+    """Whether None is a value: the type is written `Optional[…]`."""
     default: Any
-    comment: str = ""
-
-    @property
-    def optional(self) -> bool:
-        """Whether None is a value."""
-        return self.annotation.startswith("Optional[")
-
-    @property
-    def base(self) -> str:
-        """The annotation without `Optional[…]`."""
-        return self.annotation[len("Optional[") : -1] if self.optional else self.annotation
 
     def accept(self, value: Any) -> Any:
         """`value` as this parameter's type (whole floats become int, ints float). Raises ConfigError otherwise."""
         if value is None and self.optional:
             return None
         try:
-            return _as_type(self.base, value, 0)
-        except (ValueError, OverflowError):
-            raise ConfigError(f"parameter {self.name} must be {self._wanted()}; found {_short(value)}") from None
+            return _as_type(self.base, value)
+        except (ValueError, OverflowError, ConfigError):
+            raise self._refused(value) from None
 
     def parse(self, text: str) -> Any:
         """The value written as `text` on a command line; counts may end in K, M, B or T, lists are JSON or a,b,c."""
         if self.optional and text.strip().lower() in ("none", "null"):
             return None
         try:
-            return self.accept(_from_text(self.base, text))
-        except (ValueError, OverflowError, ConfigError):
-            raise ConfigError(f"parameter {self.name} must be {self._wanted()}; found {text!r}") from None
+            return _as_type(self.base, _from_text(self.base, text))
+        except (ValueError, OverflowError, RecursionError, ConfigError):
+            raise self._refused(text) from None
 
-    def _wanted(self) -> str:
+    def _refused(self, found: Any) -> ConfigError:
         kind, _, inner = self.base.rstrip("]").partition("[")
-        wanted = _WORDS[kind] + (f" of {inner}" if inner else "")
-        return wanted + (", or none" if self.optional else "")
+        wanted = _WORDS[kind] + (f" of {inner}" if inner else "") + (", or none" if self.optional else "")
+        return ConfigError(f"parameter {self.name} must be {wanted}; found {found!r:.100}")
 
 
 def read_cell(source: str, where: str = "parameters cell") -> dict[str, Parameter]:
     """The parameters that a cell's source declares, in order.
 
-    Raises ConfigError, naming line and rule, unless each statement is one `name: type = literal` on its own line.
+    Raises ConfigError, naming line and rule, unless each statement is one `name: type = literal`.
     """
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
         raise ConfigError(f"{where}, line {error.lineno}: must be Python; found {error.msg}") from error
-    comments = _comments(source)
     found: dict[str, Parameter] = {}
     for node in statements:
         at = f"{where}, line {node.lineno}"
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
             raise ConfigError(f"{at}: must be `name: type = literal`; found {ast.unparse(node)[:80]!r}")
         name, annotation = node.target.id, ast.unparse(node.annotation)
-        if not _is_name(name) or name in found:
-            raise ConfigError(f"{at}: needs a plain name, once; found {name!r}")
-        if not _is_known_type(annotation):
-            raise ConfigError(f"{at}: type must be one of {', '.join(_WORDS)}, list[…] or Optional[…]; {annotation!r}")
+        if name.startswith("__") or name in found:
+            raise ConfigError(f"{at}: a name must be plain and declared once; found {name!r}")
+        known = _TYPE.fullmatch(annotation)
+        if not known:
+            types = f"{', '.join(_WORDS)}, list[…] or Optional[…]"
+            raise ConfigError(f"{at}: the type must be one of {types}; found {annotation!r}")
         try:
             default = ast.literal_eval(node.value)
         except ValueError:
             raise ConfigError(f"{at}: the default must be a literal; found {ast.unparse(node.value)!r}") from None
-        found[name] = Parameter(name, annotation, default, comments.get(node.end_lineno or node.lineno, ""))
+        found[name] = Parameter(name, known[2], known[1] is not None, default)
         found[name].accept(default)
     return found
 
@@ -124,148 +110,47 @@ def check_values(declared: dict[str, Parameter], values: dict[str, Any], where: 
 def unknown_parameter(declared: dict[str, Parameter], name: str) -> str:
     """The message for a name that the notebook does not declare."""
     hint = did_you_mean(name, declared, f"known: {', '.join(declared) or 'none'}")
-    return f"unknown parameter {str(name)!r}; {hint}"
+    return f"unknown parameter {name!r}; {hint}"
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A parameter file as a dictionary. `4e-4` is a number, `no` and `12:30` are text.
-
-    Raises ConfigError with file and line for duplicate keys, aliases, tags, nesting over 50 levels, files over 1 MB.
-    """
-    import yaml
-
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise ConfigError(f"{path} must be at most {MAX_YAML_BYTES} bytes; found {path.stat().st_size}")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the parameter file {path}: {error}") from error
-    try:
-        _check_depth(yaml, text, path)
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    value = {} if root is None else _plain_node(yaml, root, path)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold `name: value` lines; found {type(value).__name__}")
-    return value
-
-
-def _check_depth(yaml: Any, text: str, path: Path) -> None:
-    """Refuse deep nesting and aliases on the flat event stream, before anything recurses."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.BaseLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1
-        if depth > MAX_DEPTH:
-            raise ConfigError(f"{path}:{line}: must not nest deeper than {MAX_DEPTH} levels")
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{path}:{line}: aliases are not allowed; write the value out (*{event.anchor})")
-
-
-def _plain_node(yaml: Any, node: Any, path: Path) -> Any:
-    line = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key, value in node.value:
-            at = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{path}:{at}: keys must be text")
-            if key.value in result:
-                raise ConfigError(f"{path}:{at}: {key.value} is given twice; give each key once")
-            result[key.value] = _plain_node(yaml, value, path)
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain_node(yaml, v, path) for v in node.value]
-    if node.tag != "tag:yaml.org,2002:str":
-        raise ConfigError(f"{path}:{line}: tags are not allowed; found {node.tag}")
-    return _plain_scalar(node.value, quoted=node.style is not None)
-
-
-def _plain_scalar(text: str, *, quoted: bool) -> Any:
-    if quoted:
-        return text
-    if text in ("true", "false"):
-        return text == "true"
-    if text in ("", "null", "~"):
-        return None
-    if re.fullmatch(r"[+-]?[0-9][0-9_]*", text) and len(text) < 40:
-        return int(text)
-    if re.fullmatch(r"[+-]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][+-]?[0-9]+)?", text) and len(text) < 400:
-        return float(text)
-    return text
-
-
-def _comments(source: str) -> dict[int, str]:
-    """Trailing comment of each line."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
-
-
-def _is_name(name: str) -> bool:
-    return name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("__")
-
-
-def _is_known_type(annotation: str) -> bool:
-    optional = re.fullmatch(r"Optional\[(.+)\]", annotation)
-    base = optional[1] if optional else annotation
-    return base in _WORDS or bool(re.fullmatch(rf"list\[({'|'.join(_SCALARS)})\]", base))
-
-
-def _as_type(kind: str, value: Any, depth: int) -> Any:
-    """`value` as `kind`, or ValueError."""
-    if depth > MAX_DEPTH:
-        raise ValueError
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "int" and number and math.isfinite(value) and value == int(value) and abs(value) < 2**63:
-        return int(value)
+def _as_type(kind: str, value: Any) -> Any:
+    """`value` as `kind`. Raises ValueError, OverflowError or ConfigError if it is something else."""
     if kind == "int" and isinstance(value, str):
-        try:
-            return parse_count(value)
-        except ConfigError:
-            raise ValueError from None
-    if kind == "float" and number and math.isfinite(value):
-        return float(value)
-    if kind in ("str", "bool") and isinstance(value, _SCALARS[kind]):
+        return parse_count(value)
+    if kind in ("int", "float") and isinstance(value, int | float) and not isinstance(value, bool):
+        if kind == "float" and math.isfinite(value):
+            return float(value)
+        if kind == "int" and value == int(value) and abs(value) < 2**63:
+            return int(value)
+    if (kind == "str" and isinstance(value, str)) or (kind == "bool" and isinstance(value, bool)):
         return value
     if kind == "dict" and isinstance(value, dict) and all(isinstance(k, str) for k in value):
-        return {k: _as_json(v, depth + 1) for k, v in value.items()}
+        return {k: _as_json(v) for k, v in value.items()}
     if kind.startswith("list") and isinstance(value, list | tuple):
         inner = kind[5:-1]
-        return [_as_type(inner, v, depth + 1) if inner else _as_json(v, depth + 1) for v in value]
+        return [_as_type(inner, v) if inner else _as_json(v) for v in value]
     raise ValueError
 
 
-def _as_json(value: Any, depth: int) -> Any:
+def _as_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, int | float):
-        return _as_type("int" if isinstance(value, int) else "float", value, depth)
-    return _as_type("dict" if isinstance(value, dict) else "list", value, depth)
+    kinds = (kind for kind, types in (("int", int), ("float", float), ("dict", dict)) if isinstance(value, types))
+    return _as_type(next(kinds, "list"), value)
 
 
 def _from_text(kind: str, text: str) -> Any:
-    """The JSON value that `text` stands for, given the wanted type. Raises ValueError."""
+    """The JSON value that `text` stands for, given the wanted type. Raises ValueError or ConfigError."""
     word = text.strip()
     if kind == "str":
         return text
     if kind == "bool":
-        return {"true": True, "false": False}.get(word.lower(), word)
+        return {"true": True, "false": False}.get(word.lower())
     if kind in ("int", "float"):
         if re.fullmatch(r"[0-9][0-9_]*(\.[0-9]+)?[KMBTkmbt]", word):
             return parse_count(word)
         return int(word) if kind == "int" and re.fullmatch(r"[+-]?[0-9_]+", word) else float(word)
     if word.startswith(("[", "{")):
-        return json.loads(word, parse_constant=lambda name: name)
+        return json.loads(word)
     inner = kind[5:-1] or "str"
     return [_from_text(inner, item) for item in word.split(",")] if kind.startswith("list") and word else []
-
-
-def _short(value: Any) -> str:
-    """The value for a message; huge integers have no decimal text."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return f"an integer of {value.bit_length()} bits"
-    return text if len(text) < 100 else text[:99] + "…"

@@ -1,9 +1,8 @@
-"""What notebook 02 does: start a run, resume it, follow it, or show it finished, whichever the run folder asks for."""
+"""What notebook 02 does: start a run, resume it, follow it, or show it finished, as its folder requires."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tinylab.config import presets
 from tinylab.config.io import override
@@ -11,16 +10,13 @@ from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError
 from tinylab.runs.folder import Run
 
-if TYPE_CHECKING:
-    from tinylab.widgets.monitor import Monitor
-
 MODES = ("auto", "process", "watch")
 
 
 def planned(
     run: Run | str, preset: str, tokens: int | None = None, limit_mb: float | None = None, changes: Sequence[str] = ()
 ) -> RunConfig:
-    """The configuration of the run: that of its folder when it exists, else `preset`, `tokens` long.
+    """The configuration of the run: that of its folder if it exists, else `preset`, `tokens` long.
 
     `limit_mb` caps the text taken from each source of a new run (10^6 bytes); `changes` are its dotted overrides.
     """
@@ -33,10 +29,10 @@ def planned(
 
 
 def continue_run(run: Run, config: RunConfig, mode: str = "auto") -> str:
-    """Bring the run to its end with a live view, and say what was done: `started`, `resumed`, `attached`, `finished`.
+    """Bring the run to its end with a live view. Returns what was done: `started`, `resumed`, `attached`, `finished`.
 
     `auto` and `process` train in this process, which ends with its kernel; `watch` only follows another trainer.
-    Raises ConfigError for another mode; NothingFoundError when there is nothing to watch; what `train` raises.
+    Raises ConfigError for any other mode, NothingFoundError if there is nothing to watch, and what `train` raises.
     """
     from tinylab.widgets.monitor import Monitor
 
@@ -51,12 +47,8 @@ def continue_run(run: Run, config: RunConfig, mode: str = "auto") -> str:
     if state == "done" or mode == "watch":
         monitor.show()
         return "finished" if state == "done" else state
-    return _train(run, config, monitor, resumed=state != "none")
-
-
-def _train(run: Run, config: RunConfig, monitor: Monitor, *, resumed: bool) -> str:
     from tinylab.training.loop import train
 
     with monitor:
         train(config, run, progress=False)
-    return "resumed" if resumed else "started"
+    return "started" if state == "none" else "resumed"

@@ -10,13 +10,8 @@ from typing import Any
 
 from tinylab import errors
 from tinylab.errors import ConfigError, NotebookError, RunStopped, TinylabError, did_you_mean
-from tinylab.notebook.parameters import (
-    Parameter,
-    check_values,
-    read_cell,
-    read_yaml,
-    unknown_parameter,
-)
+from tinylab.notebook.parameters import Parameter, check_values, read_cell, unknown_parameter
+from tinylab.notebook.strict_yaml import read_yaml
 from tinylab.runs.folder import home
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -24,9 +19,9 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
-def list_notebooks(folder: Path | None = None) -> list[Path]:
+def list_notebooks() -> list[Path]:
     """The lab's notebooks, in the order of their numbers."""
-    for place in [folder] if folder else [home() / "notebooks", NOTEBOOKS]:
+    for place in (home() / "notebooks", NOTEBOOKS):
         if found := sorted(place.glob("[0-9][0-9]_*.ipynb")):
             return found
     return []
