@@ -190,6 +190,17 @@ def test_generate_gives_the_same_text_for_the_same_seed(folder: Path, capsys: py
     assert answer(capsys, *arguments)["text"] == answer(capsys, *arguments)["text"]
 
 
+def test_convert_takes_a_ref_and_says_a_nearest_match(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ref, note = f"{folder / 'mine'}@0.5K", "mine@0.5K: the nearest checkpoint is step 2, after 512 tokens"
+    found = answer(capsys, "convert", ref, str(tmp_path / "m.pth"))
+    assert (found["source"], found["notes"], found["max_difference"]) == ("mine@2", [note], 0.0)
+    assert main(["convert", ref, str(tmp_path / "copy")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"mine@2 → {tmp_path / 'copy'}") and out.endswith(f"\nnote: {note}\n")
+
+
 def test_a_missing_model_is_refused_with_a_message(folder: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert main(["generate", str(folder / "none"), "--prompt", "x"]) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -16,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tinylab.catalog.reference import resolve_reference
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.formats import convert as convert_module
@@ -24,8 +24,7 @@ from tinylab.formats import litgpt
 from tinylab.formats.convert import Format, convert
 from tinylab.formats.huggingface import save_weights
 from tinylab.formats.huggingface_config import write_config
-from tinylab.formats.load import load_folder, open_weights
-from tinylab.formats.tensors import load_weights
+from tinylab.formats.load import load_folder, load_weights, open_weights
 from tinylab.model.transformer import Llama
 
 IDS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(2))
@@ -90,11 +89,52 @@ def test_tokenizer_and_special_ids_go_along(source: Path, tmp_path: Path):
     assert (values["bos_token_id"], values["eos_token_id"]) == (1, 2)
 
 
-def test_dtype_is_changed_on_request(source: Path, tmp_path: Path):
-    done = convert(source, tmp_path / "half", dtype=torch.bfloat16)
-    assert done.dtype == "bfloat16" and done.max_difference == 0.0
-    assert load_folder(tmp_path / "half").head.weight.dtype == torch.bfloat16
-    assert "largest difference of logits 0" in str(done)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_is_compared_with_the_source_as_it_was(source: Path, tmp_path: Path, dtype: torch.dtype):
+    """The true difference: transformers' own model in fp32 and ours from the written file, on the same ids."""
+    done = convert(source, tmp_path / "half", dtype=dtype)
+    written = load_folder(tmp_path / "half")
+    assert f"torch.{done.dtype}" == str(dtype) and written.head.weight.dtype == dtype
+    ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        original = AutoModelForCausalLM.from_pretrained(source).eval()(ids).logits
+        true = float((written(ids).float() - original).abs().max())
+    assert true > 1e-4
+    assert done.max_difference == pytest.approx(true, abs=1e-5)  # fp32, sums in another order
+    assert f"largest difference of logits {done.max_difference:g}" in str(done)
+
+
+def test_a_cast_that_overflows_is_refused_with_the_share_of_finite_logits(source: Path, tmp_path: Path):
+    model = load_folder(source)
+    with torch.no_grad():
+        model.head.weight[:16].mul_(1e7)  # a quarter of the vocabulary
+    scaled = tmp_path / "scaled"
+    save_weights(model.state_dict(), model.config, scaled)
+    write_config(model.config, scaled)
+    message = r"half must give finite logits; in float16 75\.00% of them are finite, .*source all.*take bf16 or fp32"
+    with pytest.raises(CheckpointError, match=message):
+        convert(scaled, tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists() and leftovers(tmp_path) == []
+    assert convert(scaled, tmp_path / "wide", dtype=torch.bfloat16).max_difference < math.inf
+
+
+def test_a_source_without_finite_logits_is_refused(source: Path, tmp_path: Path):
+    model = load_folder(source)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    save_weights(model.state_dict(), model.config, tmp_path / "nan")
+    write_config(model.config, tmp_path / "nan")
+    with pytest.raises(CheckpointError, match=r"nan must give finite logits; 0\.00% of them are finite"):
+        convert(tmp_path / "nan", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists() and leftovers(tmp_path) == []
+
+
+def test_a_wrong_epsilon_is_no_rounding_even_in_bf16(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write = convert_module.write_config
+    wrong = lambda config, folder, **more: write(replace(config, norm_eps=1e-2), folder, **more)  # noqa: E731
+    monkeypatch.setattr(convert_module, "write_config", wrong)
+    with pytest.raises(CheckpointError, match=r"must give the logits of .*the largest difference is"):
+        convert(source, tmp_path / "half", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -175,11 +215,6 @@ def test_what_a_killed_conversion_left_is_removed(source: Path, tmp_path: Path):
     assert leftovers(tmp_path) == [running]
 
 
-def test_a_nearest_match_is_said_with_the_result(source: Path, tmp_path: Path):
-    near = replace(resolve_reference(source), notes=("the nearest checkpoint is step 2",))
-    assert str(convert(near, tmp_path / "copy")).endswith("\nnote: the nearest checkpoint is step 2")
-
-
 def test_files_are_as_open_to_others_as_the_umask_says(source: Path, tmp_path: Path):
     convert(source, tmp_path / "copy")
     assert len({p.stat().st_mode for p in (tmp_path / "copy").iterdir()}) == 1
@@ -206,7 +241,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(
     assert not (tmp_path / name).exists() and leftovers(tmp_path) == []
 
 
-def test_a_wrong_name_map_is_caught_by_the_logits(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_order_of_rows_is_caught_by_the_logits(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(litgpt, "interleave", lambda q, k, v, model: torch.cat((q, k, v)))
     with pytest.raises(CheckpointError, match=r"must give the logits of .*the largest difference is"):
         convert(source, tmp_path / "m.pth")
@@ -225,7 +260,7 @@ def test_swapped_shards_of_two_models_are_listed(source: Path, tmp_path: Path):
     other.init_weights(0)
     litgpt.save_pth(other, tmp_path / "m.pth")
     with pytest.raises(CheckpointError) as error:
-        litgpt.load(tmp_path / "m.pth", model=replace(other.config, d_ff=48))
+        load_weights(litgpt.open_checkpoint(tmp_path / "m.pth", replace(other.config, d_ff=48)))
     assert str(error.value).count("misshaped") == 6
 
 

@@ -18,6 +18,7 @@ import torch
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt
+from tinylab.formats.load import load_folder
 from tinylab.formats.torch_archive import TorchArchive
 from tinylab.model.transformer import Llama
 
@@ -163,7 +164,7 @@ def test_a_hostile_archive_only_raises(tmp_path: Path, kind: str):
     change(path)
     start, before = time.monotonic(), sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=r"m\.pth") as caught:
-        litgpt.load(path)
+        load_folder(path)
     assert reason in str(caught.value)
     assert time.monotonic() - start < 5 and sorted(tmp_path.iterdir()) == before
 
@@ -171,7 +172,7 @@ def test_a_hostile_archive_only_raises(tmp_path: Path, kind: str):
 def test_a_legacy_file_says_how_to_convert_it(tmp_path: Path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"found a bare pickle.*convert it where it came from: torch\.save"):
-        litgpt.load(tmp_path / "m.pth")
+        load_folder(tmp_path / "m.pth")
 
 
 def test_a_real_bomb_is_not_unpacked(tmp_path: Path):
@@ -185,18 +186,18 @@ def test_a_real_bomb_is_not_unpacked(tmp_path: Path):
 
 def test_no_cut_and_no_flipped_bit_is_silent(tmp_path: Path):
     path = good(tmp_path / "m.pth")
-    data, model = path.read_bytes(), litgpt.load(path)
+    data, model = path.read_bytes(), load_folder(path)
     draw = random.Random(0)
     for _ in range(60):
         path.write_bytes(data[: draw.randrange(len(data))])
         with pytest.raises(CheckpointError):
-            litgpt.load(path)
+            load_folder(path)
     for _ in range(200):
         changed = bytearray(data)
         changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         path.write_bytes(changed)
         try:
-            loaded = litgpt.load(path)
+            loaded = load_folder(path)
         except CheckpointError:
             continue
         assert loaded.config == model.config  # a bit of padding or of a timestamp: the same model, or an error

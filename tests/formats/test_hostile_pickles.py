@@ -18,6 +18,7 @@ from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt
 from tinylab.formats import safe_pickle as pickles
+from tinylab.formats.load import load_folder, load_weights
 
 from .torch_bytes import PROTO, STOP, pack, state, tensor, text
 
@@ -145,7 +146,7 @@ def test_a_hostile_pickle_only_raises(tmp_path: Path, kind: str):
     path = pack(tmp_path / "m.pth", make(canary))
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=r"m\.pth") as caught:
-        litgpt.load(path, model=SHAPE)
+        load_weights(litgpt.open_checkpoint(path, SHAPE))
     assert reason in str(caught.value)  # not another wall behind the one that is meant
     assert not canary.exists()
     assert time.monotonic() - start < 5
@@ -157,7 +158,7 @@ def test_the_message_names_what_was_found_and_what_to_do(tmp_path: Path):
     with pytest.raises(
         CheckpointError, match=r"found the global posix\.system.*nothing of it was executed.*safetensors"
     ):
-        litgpt.load(path)
+        load_folder(path)
 
 
 @pytest.mark.parametrize("where", ["archive", "yaml"])
@@ -169,7 +170,7 @@ def test_a_configuration_that_would_fill_the_memory_is_not_spelled_out(tmp_path:
     lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 100)), "n_embd: *a99"]
     (tmp_path / "model_config.yaml").write_text("\n".join(lines))
     with pytest.raises(CheckpointError, match="n_embd must be a whole number; found") as caught:
-        litgpt.load(path)
+        load_folder(path)
     assert len(str(caught.value)) < 1000
 
 
@@ -178,7 +179,7 @@ def test_forced_unsafe_loading_changes_nothing(tmp_path: Path, monkeypatch: pyte
     canary = tmp_path / "canary"
     path = pack(tmp_path / "m.pth", PICKLES["os.system by reduce"][1](canary))
     with pytest.raises(CheckpointError):
-        litgpt.load(path)
+        load_folder(path)
     assert not canary.exists()
 
 

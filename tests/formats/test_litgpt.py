@@ -15,6 +15,7 @@ from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import CheckpointError
 from tinylab.formats import litgpt
 from tinylab.formats.litgpt_config import KNOWN, find_config, model_from_litgpt, model_to_litgpt
+from tinylab.formats.load import load_folder, load_weights
 from tinylab.model.names import to_huggingface
 from tinylab.model.transformer import Llama
 
@@ -90,10 +91,10 @@ def test_round_trip_is_bit_equal(tmp_path: Path, dialect: litgpt.Dialect, tied: 
     model = make(replace(SHAPE, tie_embeddings=tied, n_kv_head=kv_heads))
     if dialect == "litgpt":
         litgpt.save_folder(model, tmp_path / "any name")
-        assert_equal_models(model, litgpt.load(tmp_path / "any name"))
+        assert_equal_models(model, load_folder(tmp_path / "any name"))
     else:
         litgpt.save_pth(model, tmp_path / "iter-000001-ckpt.pth")
-        assert_equal_models(model, litgpt.load(tmp_path / "iter-000001-ckpt.pth"))
+        assert_equal_models(model, load_folder(tmp_path / "iter-000001-ckpt.pth"))
 
 
 def test_tinyllama_checkpoint_with_optimizer_opens_by_its_name_or_shapes(tmp_path: Path):
@@ -113,14 +114,14 @@ def test_tinyllama_checkpoint_with_optimizer_opens_by_its_name_or_shapes(tmp_pat
     wrapped = {"model": litgpt.to_litgpt(model, "tinyllama"), "optimizer": optimizer.state_dict()}
     wrapped |= {"hparams": {"learning_rate": 4e-4, "name": "tinyllama_1b"}, "iter_num": 11444096, "step_count": 1430512}
     torch.save(wrapped, tmp_path / "iter-11444096-ckpt.pth")
-    assert_equal_models(model, litgpt.load(tmp_path / "iter-11444096-ckpt.pth", model=SHAPE))
+    assert_equal_models(model, load_weights(litgpt.open_checkpoint(tmp_path / "iter-11444096-ckpt.pth", SHAPE)))
 
 
 def test_bfloat16_stays_and_is_converted_on_request(tmp_path: Path):
     model = make().to(torch.bfloat16)
     litgpt.save_pth(model, tmp_path / "m.pth")
-    assert litgpt.load(tmp_path / "m.pth").head.weight.dtype == torch.bfloat16
-    wide = litgpt.load(tmp_path / "m.pth", dtype=torch.float32)
+    assert load_folder(tmp_path / "m.pth").head.weight.dtype == torch.bfloat16
+    wide = load_folder(tmp_path / "m.pth", dtype=torch.float32)
     assert torch.equal(wide.head.weight, model.head.weight.float())
 
 
@@ -131,7 +132,7 @@ def test_all_tensors_that_do_not_fit_are_listed_together(tmp_path: Path):
     state["transformer.h.0.mlp.swiglu.w1.weight"] = torch.zeros(48, 31)
     torch.save(state, tmp_path / "m.pth")
     with pytest.raises(CheckpointError) as error:
-        litgpt.load(tmp_path / "m.pth", model=SHAPE)
+        load_weights(litgpt.open_checkpoint(tmp_path / "m.pth", SHAPE))
     for line in (
         "missing: model.layers.1.post_attention_layernorm.weight",
         "unexpected: transformer.h.0.attn.attn.bias",
@@ -174,7 +175,7 @@ def test_files_of_litgpt_itself_give_its_logits(tmp_path: Path, scaling: RopeSca
     theirs = lit.GPT(config).eval()
     torch.save(theirs.state_dict(), tmp_path / "lit_model.pth")
     save_config(config, tmp_path)
-    ours = litgpt.load(tmp_path)
+    ours = load_folder(tmp_path)
     assert ours.config.rope_scaling == scaling
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=0)  # fp32, sums in another order
 
@@ -204,4 +205,4 @@ def test_litgpts_own_conversion_from_hugging_face_is_read(tmp_path: Path):
         state: dict[str, Tensor] = {}
         copy_weights_hf_llama(config, {}, state, to_huggingface(ours.state_dict(), ours.config), saver=saver)
         saver.save(state)
-    assert_equal_models(ours, litgpt.load(tmp_path, model=ours.config))
+    assert_equal_models(ours, load_weights(litgpt.open_checkpoint(tmp_path, ours.config)))

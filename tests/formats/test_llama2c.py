@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylab.errors import CheckpointError
-from tinylab.formats import llama2c
+from tinylab.formats.load import load_folder
 
 DIM, HIDDEN, LAYERS, VOCAB, CONTEXT = 32, 48, 2, 40, 24
 
@@ -100,7 +100,7 @@ def test_logits_equal_a_forward_pass_in_llama2c_convention(
 ):
     weights = random_weights(heads, kv_heads, shared)
     write(tmp_path / "model.bin", weights, heads, kv_heads, shared, version)
-    model = llama2c.load(tmp_path / "model.bin")
+    model = load_folder(tmp_path / "model.bin")
     ids = torch.randint(VOCAB, (CONTEXT,), generator=torch.Generator().manual_seed(1))
     assert model.config.tie_embeddings is shared and model.config.seq_len == CONTEXT
     with torch.no_grad():
@@ -117,21 +117,21 @@ def test_one_byte_more_or_less_names_both_sizes(tmp_path: Path):
     for wrong in (data[:-1], data + b"\0", data[: len(data) // 2]):
         path.write_bytes(wrong)
         with pytest.raises(CheckpointError, match=rf"model.bin must be .*; found {len(wrong)}"):
-            llama2c.load(path)
+            load_folder(path)
 
 
 def test_quantized_and_absurd_headers_are_refused(tmp_path: Path):
     path = tmp_path / "model.bin"
     path.write_bytes(struct.pack("Ii7i", 0x616B3432, 2, 8, 8, 1, 2, 2, 8, 8).ljust(400, b"\0"))
     with pytest.raises(CheckpointError, match=r"must be llama2\.c version 0 or 1 .*found version 2"):
-        llama2c.load(path)
+        load_folder(path)
     for sizes in ([2**31 - 1] * 7, [-1] * 7, [0] * 7, [8, 8, 2**30, 2, 2, 8, 8], [9, 8, 1, 2, 2, 8, 8]):
         path.write_bytes(struct.pack("7i", *sizes).ljust(400, b"\0"))
         with pytest.raises(CheckpointError, match=r"must begin with a llama2\.c header"):
-            llama2c.load(path)
+            load_folder(path)
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="found 0 bytes"):
-        llama2c.load(path)
+        load_folder(path)
     torch.save({"a": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match=r"found an archive of torch.*named by their folder"):
-        llama2c.load(path)
+        load_folder(path)

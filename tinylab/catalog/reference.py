@@ -189,8 +189,7 @@ def load_model(
     """
     import torch
 
-    from tinylab.formats.load import open_weights
-    from tinylab.formats.tensors import load_weights
+    from tinylab.formats.load import load_weights, open_weights
 
     try:
         torch.empty(0, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,6 +93,7 @@ def convert_verb(
     /,
     to: Literal["huggingface", "litgpt", "tinyllama"] | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    tokenizer: Path | None = None,
 ) -> Answer:
     """From one checkpoint format to another; the logits of both are compared before the target appears.
 
@@ -100,14 +102,19 @@ def convert_verb(
         target: folder or file to make; it must not exist.
         to: format of the target; default: tinyllama for a name that ends in .pth, else huggingface.
         dtype: default: as in the source.
+        tokenizer: llama2.c's own tokenizer file; default: tokN.bin (N ids) or tokenizer.bin beside the source.
     """
     import torch
 
+    from tinylab.catalog.reference import resolve_reference
     from tinylab.formats.convert import convert
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    done = convert(source, target, to, dtype=kinds[dtype] if dtype else None)
-    return Answer(done, str(done))
+    reference = resolve_reference(source)
+    found = convert(reference.path, target, to, dtype=kinds[dtype] if dtype else None, tokenizer=tokenizer)
+    done = replace(found, source=reference.label)
+    text = "\n".join([str(done), *(f"note: {note}" for note in reference.notes)])
+    return Answer({**asdict(done), "notes": reference.notes}, text)
 
 
 def generate_verb(

@@ -1,17 +1,16 @@
-"""Hugging Face's Llama folder, both ways: config.json, safetensors with their index.
+"""Hugging Face's Llama folder, both ways: config.json, the weights, and the weight map that says which file has which.
 
-A folder is never trusted: no pickle is read, the configuration must be a Llama that tinylab computes exactly, file
-names in an index stay inside the folder, and every header is checked before a tensor is read.
+A folder is never trusted: nothing is unpickled, the configuration must describe a Llama that tinylab computes exactly,
+file names in a weight map stay inside the folder, and every header is checked before a tensor is read.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,69 +19,39 @@ from torch import Tensor
 
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
-from tinylab.formats.huggingface_config import model_from_config, write_config
+from tinylab.formats.huggingface_config import model_from_config
+from tinylab.formats.tensors import LazyTensor, Weights
+from tinylab.formats.torch_archive import TorchArchive
+from tinylab.formats.weight_map import INDEX, PICKLED, SAFETENSORS, has_weights, weight_files
 from tinylab.model.names import to_huggingface
 from tinylab.runs.durable import disk_error
 
-__all__ = [
-    "StoredTensor",
-    "model_from_config",
-    "read_header",
-    "save_weights",
-    "weight_files",
-    "write_config",
-]
-
-INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 10_000_000
-MAX_INDEX_BYTES = 10_000_000
 MAX_SHARD_BYTES = 5_000_000_000
 _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class StoredTensor(NamedTuple):
-    """What the header of a safetensors file says of one tensor."""
+def open_folder(folder: Path) -> Weights:
+    """The weights of a folder, opened but not read: safetensors, or `.bin` files where there are no safetensors.
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    """The byte of the file at which its values begin."""
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a folder: those of its index, or the single file.
-
-    Raises CheckpointError for an index that is unreadable, names files outside the folder, or files that are missing.
+    Raises CheckpointError for a folder that is incomplete, damaged or hostile, and for a tensor that two files have.
     """
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        raise CheckpointError(f"{folder} must hold {INDEX} or model.safetensors; neither was found")
-    try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index} must be at most {MAX_INDEX_BYTES} bytes; found {index.stat().st_size}")
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} must be a JSON object with a weight_map of file names: {error}") from error
-    bad = [f for f in files if not isinstance(f, str) or not re.fullmatch(r"[\w.-]+\.safetensors", f)]
-    if bad:
+    model = model_from_config(folder / "config.json")
+    if has_weights(folder, PICKLED) and not has_weights(folder, SAFETENSORS):
+        archives = [TorchArchive(folder / file) for file in weight_files(folder, PICKLED)]
+        parts = [archive.tensors(archive.value) for archive in archives]
+    else:
+        parts = [read_header(folder / file) for file in weight_files(folder)]
+    twice = [name for name, count in Counter(name for part in parts for name in part).items() if count > 1]
+    if twice:
         raise CheckpointError(
-            f"{index} must name .safetensors files of its own folder; found {', '.join(map(repr, bad))}"
+            f"{folder} must hold every tensor once; found in two files: {', '.join(twice[:20])}. Download it again"
         )
-    missing = [f for f in files if not (folder / f).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index} names files that are missing: {', '.join(missing)}. Copy or download them again"
-        )
-    if not files:
-        raise CheckpointError(f"{index} names no file; its weight_map is empty")
-    return files
+    return Weights(model, {name: tensor for part in parts for name, tensor in part.items()}, str(folder))
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file, from its header alone, which safetensors itself has checked too.
+def read_header(path: Path) -> dict[str, LazyTensor]:
+    """Every tensor of a safetensors file, from its header alone; safetensors itself has checked the header too.
 
     Raises CheckpointError naming the file if the header is absurd or the file is not exactly as long as it says.
     """
@@ -97,9 +66,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 )
             header = json.loads(file.read(length))
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        end = 8 + length + max((v["data_offsets"][1] for v in entries.values()), default=0)
+        start = 8 + length
+        end = start + max((v["data_offsets"][1] for v in entries.values()), default=0)
         found = {
-            k: StoredTensor(_HEADER_DTYPES[v["dtype"]], tuple(v["shape"]), 8 + length + v["data_offsets"][0])
+            k: LazyTensor.stored(path, start + v["data_offsets"][0], tuple(v["shape"]), _HEADER_DTYPES[v["dtype"]])
             for k, v in entries.items()
         }
     except OSError as error:
@@ -110,7 +80,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         ) from error
     if end != size:
         raise CheckpointError(f"{path} must be {end} bytes long by its own header; found {size}. Copy it again")
-    try:  # the library knows of overlaps and of sizes that do not fit their shapes
+    try:  # the library sees overlaps, and sizes that do not fit their shapes
         safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
@@ -120,15 +90,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def save_weights(
     state: Mapping[str, Tensor], config: Model, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
-    """Write our state as `model-*.safetensors` and their index into `folder`; the names of all files written.
+    """Write our state as `model-*.safetensors` and their weight map into `folder`; the names of all files written.
 
     Each file holds at most `max_shard_bytes` of tensors, or a single larger one. Raises CheckpointError (full disk,
-    no permission); the caller gives the folder its final name.
+    no permission); giving the folder its final name is up to the caller.
     """
     folder = Path(folder)
     tensors = to_huggingface(state, config)
     shards = list(_shards(tensors, max_shard_bytes))
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    total = sum(t.nbytes for t in tensors.values())
     weight_map: dict[str, str] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +109,7 @@ def save_weights(
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for file in set(weight_map.values()):  # safetensors keeps its files from everybody else; the umask decides
+        for file in set(weight_map.values()):  # safetensors makes its files private; the umask decides
             (folder / file).chmod((folder / INDEX).stat().st_mode)
     except OSError as error:
         raise disk_error(folder, error, total) from error
@@ -154,10 +124,9 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]
     names: list[str] = []
     filled = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if names and filled + size > max_bytes:
+        if names and filled + tensor.nbytes > max_bytes:
             yield names
             names, filled = [], 0
         names.append(name)
-        filled += size
+        filled += tensor.nbytes
     yield names

@@ -25,7 +25,7 @@ from torch import Tensor
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
 from tinylab.formats.litgpt_config import find_config, model_to_litgpt, write_yaml
-from tinylab.formats.tensors import LazyTensor, Weights, load_weights
+from tinylab.formats.tensors import LazyTensor, Weights
 from tinylab.formats.torch_archive import TorchArchive
 from tinylab.model.names import to_huggingface
 from tinylab.model.transformer import Llama
@@ -58,16 +58,6 @@ _MLP: dict[Dialect, dict[str, str]] = {
 _FUSED: dict[Dialect, str] = {"tinyllama": "attn.attn.weight", "litgpt": "attn.qkv.weight"}
 _READ = _LAYER | _MLP["tinyllama"] | _MLP["litgpt"]
 _NAME = re.compile(r"transformer\.h\.(\d{1,6})\.(.+)")
-
-
-def load(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    model: Model | None = None,
-) -> Llama:
-    """The model in a lit-gpt `.pth`, or in a folder with `lit_model.pth`; see `open_checkpoint`."""
-    return load_weights(open_checkpoint(path, model), device, dtype)
 
 
 def open_checkpoint(path: str | Path, model: Model | None = None) -> Weights:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError, ConfigError
-from tinylab.formats.tensors import LazyTensor, Weights, load_weights
-from tinylab.model.transformer import Llama
+from tinylab.formats.tensors import LazyTensor, Weights
 
 MAGIC = 0x616B3432
 _V1_HEADER_BYTES = 256
@@ -40,11 +39,6 @@ _ORDER = {
     1: ("attention_norm", "ffn_norm", "norm", "embed", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"),
 }
 """Order of the kinds in the file; version 0 also stores the rotary cosines and sines."""
-
-
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in a llama2.c `.bin`, in eval mode; see `open_checkpoint`."""
-    return load_weights(open_checkpoint(path), device, dtype)
 
 
 def open_checkpoint(path: str | Path) -> Weights:

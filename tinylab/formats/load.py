@@ -1,24 +1,26 @@
-"""Any checkpoint on this disk, opened but not read: Hugging Face folders (safetensors or `.bin`), lit-gpt, llama2.c."""
+"""Any checkpoint on this disk, opened or loaded: Hugging Face folders (safetensors or `.bin`), lit-gpt, llama2.c."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
+import gc
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tinylab.errors import CheckpointError
-from tinylab.formats import litgpt, llama2c
-from tinylab.formats.huggingface import INDEX, read_header, weight_files
-from tinylab.formats.huggingface_config import model_from_config
-from tinylab.formats.tensors import LazyTensor, Weights, load_weights
-from tinylab.formats.torch_archive import TorchArchive
+from tinylab.formats import huggingface, litgpt, llama2c
+from tinylab.formats.mapping import map_parts
+from tinylab.formats.tensors import LazyTensor, Weights, read_values
+from tinylab.model.names import name_map
 from tinylab.model.transformer import Llama
 
-MAX_INDEX_BYTES = 10_000_000
-_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_MAPPED_BYTES = 2**20
+"""Smaller parameters are copied: they cost nothing, and a small model depends on no file and no alignment."""
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -27,71 +29,83 @@ def open_weights(path: str | Path) -> Weights:
     Raises CheckpointError for what is no checkpoint, is damaged or hostile, or does not fit its configuration.
     """
     path = Path(path)
-    if path.is_file():
-        opened = llama2c.open_checkpoint(path) if path.suffix == ".bin" else litgpt.open_checkpoint(path)
-    elif (path / litgpt.WEIGHTS).is_file():
+    if path.is_file() and path.suffix == ".bin":
+        opened = llama2c.open_checkpoint(path)
+    elif path.is_file() or (path / litgpt.WEIGHTS).is_file():
         opened = litgpt.open_checkpoint(path)
-    elif _has_pickles_only(path):
-        opened = _pickled(path)
     else:
-        opened = _safetensors(path)
+        opened = huggingface.open_folder(path)
     return opened.check()
 
 
 def load_folder(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in a folder, in eval mode and in memory of its own, so that it may be trained and its folder removed.
+    """The model at a path, in eval mode and in memory of its own, so that it may be trained and its files removed.
 
     dtype: absent, the one stored (float32 if several are). Raises CheckpointError as `open_weights` does.
     """
     return load_weights(open_weights(folder), device, dtype, copy=True)
 
 
-def _has_pickles_only(folder: Path) -> bool:
-    pickled = (folder / _PICKLED_INDEX).is_file() or (folder / "pytorch_model.bin").is_file()
-    return pickled and not any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
+@torch.no_grad()
+def load_weights(
+    weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, copy: bool = False
+) -> Llama:
+    """The model in eval mode, filled tensor by tensor: the model once in memory, plus one tensor.
+
+    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more that lie in one file
+    are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
+    Raises CheckpointError listing every tensor that does not fit.
+    """
+    weights = weights.check()
+    with _no_collection():
+        model = Llama.empty(weights.model, device, dtype or weights.dtype)
+    on_cpu = torch.device(device).type == "cpu"
+    to_read: list[tuple[Path, int, Tensor]] = []
+    for name, parts in name_map(weights.model).items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        target = module.get_parameter("weight")
+        tensors = [weights.tensors[part.name] for part in parts]
+        mapped = _map(tensors, target) if on_cpu and not copy else None
+        if mapped is not None:
+            module.register_parameter("weight", torch.nn.Parameter(mapped))
+            continue
+        for tensor, rows in zip(tensors, (target[part.rows] for part in parts), strict=True):
+            if on_cpu and tensor.place is not None and tensor.dtype == rows.dtype:
+                to_read.append((*tensor.place, rows))
+            else:
+                rows.copy_(tensor.load())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # memory is new: most of the time goes into its pages
+        list(pool.map(lambda job: read_values(*job), to_read))
+    if weights.model.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model.eval()
 
 
-def _safetensors(folder: Path) -> Weights:
-    model = model_from_config(folder / "config.json")
-    parts = []
-    for path in (folder / file for file in weight_files(folder)):
-        stored = read_header(path).items()
-        parts.append({n: LazyTensor.stored(path, start, shape, dtype) for n, (dtype, shape, start) in stored})
-    return Weights(model, _together(parts, folder), str(folder))
-
-
-def _pickled(folder: Path) -> Weights:
-    """A folder with `pytorch_model.bin`, whole or in parts, read without unpickling (formats/safe_pickle.py)."""
-    model = model_from_config(folder / "config.json")
-    archives = [TorchArchive(folder / file) for file in _pickled_files(folder)]
-    return Weights(model, _together([a.tensors(a.value) for a in archives], folder), str(folder))
-
-
-def _together(parts: list[dict[str, LazyTensor]], folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of all files. Raises CheckpointError for one that stands in two of them: which would be right?"""
-    counts = Counter(name for part in parts for name in part)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise CheckpointError(
-            f"{folder} must hold every tensor once; found in two files: {', '.join(twice[:20])}. Download it again"
-        )
-    return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-def _pickled_files(folder: Path) -> list[str]:
-    index = folder / _PICKLED_INDEX
-    if not index.is_file():
-        return ["pytorch_model.bin"]
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside: a model being built is all live objects, and looking through them and all of
+    torch's takes longer than opening 1.1B parameters does."""
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index} must be at most {MAX_INDEX_BYTES} bytes; found {index.stat().st_size}")
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} must be a JSON object with a weight_map of file names: {error}") from error
-    bad = [str(f)[:100] for f in files if not isinstance(f, str) or not re.fullmatch(r"[\w-][\w.-]*\.bin", f)]
-    missing = [f for f in files if f not in bad and not (folder / f).is_file()]
-    if bad or missing or not files:
-        raise CheckpointError(
-            f"{index} must name .bin files of its own folder; found {', '.join(bad + missing) or 'none'}"
-        )
-    return files
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _map(tensors: list[LazyTensor], target: Tensor) -> Tensor | None:
+    """The values of `tensors`, one after the other, as memory mapped from their file; None where that cannot be."""
+    size = target.element_size()
+    places = [t.place for t in tensors if t.place is not None and t.dtype == target.dtype]
+    if target.numel() * size < _MAPPED_BYTES or len(places) < len(tensors) or len({path for path, _ in places}) > 1:
+        return None
+    path, first = places[0]
+    parts = [(start, size * math.prod(t.shape)) for (_, start), t in zip(places, tensors, strict=True)]
+    if first % size:
+        return None
+    try:
+        mapped = map_parts(path, parts)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
+    return None if mapped is None else torch.frombuffer(mapped, dtype=target.dtype).view(target.shape)

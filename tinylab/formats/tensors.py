@@ -1,16 +1,12 @@
-"""A checkpoint that is opened but not read: names, shapes and functions that read one tensor. So models stream.
+"""A checkpoint that is opened but not read: names, shapes, and functions that each read one tensor.
 
-Every reader of a foreign format gives `Weights` under Hugging Face's names; one function makes the model of it.
+Every format opens as `Weights` under Hugging Face's names; formats/load.py makes the model from them, tensor by tensor.
 """
 
 from __future__ import annotations
 
-import gc
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,16 +15,12 @@ from torch import Tensor
 
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError
-from tinylab.formats.mapping import map_parts
 from tinylab.model.names import name_map
-from tinylab.model.transformer import Llama
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 """Buffers that follow from the configuration; old checkpoints hold them."""
 _SHOWN = 200
-_MAPPED_BYTES = 2**20
-"""Smaller parameters are copied: they cost nothing, and a small model depends on no file and no alignment."""
 
 
 @dataclass(frozen=True)
@@ -139,68 +131,3 @@ def read_values(path: Path, start: int, out: Tensor) -> None:
         raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
     if rest:
         raise CheckpointError(f"{path} ends {len(rest)} bytes too early: it changed. Copy the file again")
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection inside: a model being built is all live objects, and looking through them and all of
-    torch's takes longer than opening 1.1B parameters does."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@torch.no_grad()
-def load_weights(
-    weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, copy: bool = False
-) -> Llama:
-    """The model in eval mode, filled tensor by tensor: the model once in memory, plus one tensor.
-
-    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more that lie in one file
-    are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
-    Raises CheckpointError listing every tensor that does not fit.
-    """
-    weights = weights.check()
-    with _no_collection():
-        model = Llama.empty(weights.model, device, dtype or weights.dtype)
-    on_cpu = torch.device(device).type == "cpu"
-    to_read: list[tuple[Path, int, Tensor]] = []
-    for name, parts in name_map(weights.model).items():
-        module = model.get_submodule(name.removesuffix(".weight"))
-        target = module.get_parameter("weight")
-        tensors = [weights.tensors[part.name] for part in parts]
-        mapped = _map(tensors, target) if on_cpu and not copy else None
-        if mapped is not None:
-            module.register_parameter("weight", torch.nn.Parameter(mapped))
-            continue
-        for tensor, rows in zip(tensors, (target[part.rows] for part in parts), strict=True):
-            if on_cpu and tensor.place is not None and tensor.dtype == rows.dtype:
-                to_read.append((*tensor.place, rows))
-            else:
-                rows.copy_(tensor.load())
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # memory is new: most of the time goes into its pages
-        list(pool.map(lambda job: read_values(*job), to_read))
-    if weights.model.tie_embeddings:
-        model.head.weight = model.embed.weight
-    return model.eval()
-
-
-def _map(tensors: list[LazyTensor], target: Tensor) -> Tensor | None:
-    """The values of `tensors`, one after the other, as memory mapped from their file; None where that cannot be."""
-    size = target.element_size()
-    places = [t.place for t in tensors if t.place is not None and t.dtype == target.dtype]
-    if target.numel() * size < _MAPPED_BYTES or len(places) < len(tensors) or len({path for path, _ in places}) > 1:
-        return None
-    path, first = places[0]
-    parts = [(start, size * math.prod(t.shape)) for (_, start), t in zip(places, tensors, strict=True)]
-    if first % size:
-        return None
-    try:
-        mapped = map_parts(path, parts)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Copy the file again") from error
-    return None if mapped is None else torch.frombuffer(mapped, dtype=target.dtype).view(target.shape)
