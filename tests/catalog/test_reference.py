@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from tinylab.catalog.reference import load_model, load_tokenizer, resolve_reference, run_references
 from tinylab.config.architecture import Model
+from tinylab.config.presets import tiny
 from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
-from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
+from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
+from tinylab.errors import CheckpointError, ConfigError, DataError, NothingFoundError
 from tinylab.formats.huggingface import save_weights
 from tinylab.formats.huggingface_config import write_config
 from tinylab.formats.litgpt import save_pth
@@ -65,12 +68,24 @@ def test_a_plain_integer_is_a_step_and_a_suffix_means_tokens(run):
     assert resolve_reference("small@10").step == 10
     near = resolve_reference("small@0.3K")
     assert near.step == 2 and near.tokens == 320
-    assert near.notes == ("small@0.3K: the nearest checkpoint is step 2, after 320 tokens",)
+    assert near.notes == ("small@0.3K: the nearest checkpoint is small@2, after 320 tokens",)
     assert not resolve_reference("small@0.32K").notes
     with pytest.raises(NothingFoundError, match="small has no checkpoint at step 11; it has steps 2, 10, 12"):
         resolve_reference("small@11")
-    with pytest.raises(ConfigError, match=r"small@lots names no stage \(basic, cooldown\); else it must be"):
+    message = (
+        r"small@lots must name a step, tokens such as 1.5T, or a stage \(basic, cooldown\); it has steps 2, 10"
+    )
+    with pytest.raises(NothingFoundError, match=message):
         resolve_reference("small@lots")
+
+
+def test_tokens_beyond_a_run_are_refused_as_a_step_that_it_lacks_is(run):
+    with pytest.raises(NothingFoundError, match="no checkpoint near 99M tokens; the nearest is small@12, after 2,720"):
+        resolve_reference("small@99M")
+    with pytest.raises(NothingFoundError, match="no checkpoint near 0.1K tokens; the nearest is small@2, after 320"):
+        resolve_reference("small@0.1K")
+    assert resolve_reference("small@2.9K").step == 12  # 2,720 tokens: within a tenth, as people round
+    assert resolve_reference("small@last").step == 12
 
 
 def test_a_stage_is_its_last_checkpoint(run):
@@ -81,7 +96,7 @@ def test_a_nearest_match_is_said_when_the_model_is_opened(run, caplog):
     load_model("small@0.32K")
     assert not caplog.messages
     load_model("small@0.3K")
-    assert caplog.messages == ["small@0.3K: the nearest checkpoint is step 2, after 320 tokens"]
+    assert caplog.messages == ["small@0.3K: the nearest checkpoint is small@2, after 320 tokens"]
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
@@ -126,6 +141,42 @@ def test_a_mistyped_run_below_runs_never_asks_the_hub(run, monkeypatch):
     monkeypatch.chdir(home())
     with pytest.raises(NothingFoundError, match="nothing is called runs/smal"):
         resolve_reference("runs/smal")
+
+
+def test_a_long_run_names_the_steps_around_the_one_that_it_lacks(private_home):
+    run = Run(private_home / "runs" / "long")
+    run.create(tiny(), {})
+    for step in range(10, 310, 10):
+        (run.checkpoints_path / step_name(step)).mkdir(parents=True)
+        (run.checkpoints_path / step_name(step) / "manifest.json").write_text("{}")
+    with pytest.raises(NothingFoundError, match="at step 64; it has steps 10, 60, 70, 300 and 26 more"):
+        resolve_reference("long@64")
+
+
+def test_the_checkpoints_of_a_run_are_in_the_order_of_their_steps(tmp_path):
+    run = Run(tmp_path / "runs" / "mine")
+    config = tiny()
+    run.create(config, {})
+    for step in (2, 10, 9):
+        folder = run.checkpoints_path / step_name(step)
+        (folder / "trainer").mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    (run.checkpoints_path / "step-00000011").mkdir()  # no manifest: a save that never ended
+    found = run_references(run)
+    assert [(r.step, r.tokens) for r in found] == [(s, config.tokens_at(s)) for s in (2, 9, 10)]
+    assert all(r.stage == config.stages[0].name and r.path.is_dir() for r in found)
+
+
+def test_a_tokenizer_is_named_by_its_file_too(tmp_path):
+    text = (Path(sysconfig.get_paths()["stdlib"]) / "json" / "decoder.py").read_text()
+    train_tokenizer([text], 400).save(tmp_path)
+    wanted = load_tokenizer_file(tmp_path).hash
+    for name in ("tokenizer.model", "tokenizer.json"):
+        assert load_tokenizer(tmp_path / name).hash == wanted
+        assert load_tokenizer(str(tmp_path / name)).hash == wanted
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer\.json must be JSON"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_run_without_checkpoint_a_foreign_file_and_a_missing_tokenizer_are_named(run, tmp_path):

@@ -190,10 +190,8 @@ def test_generate_gives_the_same_text_for_the_same_seed(folder: Path, capsys: py
     assert answer(capsys, *arguments)["text"] == answer(capsys, *arguments)["text"]
 
 
-def test_convert_takes_a_ref_and_says_a_nearest_match(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    ref, note = f"{folder / 'mine'}@0.5K", "mine@0.5K: the nearest checkpoint is step 2, after 512 tokens"
+def test_convert_takes_a_ref_and_says_a_nearest_match(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ref, note = f"{folder / 'mine'}@0.5K", "mine@0.5K: the nearest checkpoint is mine@2, after 512 tokens"
     found = answer(capsys, "convert", ref, str(tmp_path / "m.pth"))
     assert (found["source"], found["notes"], found["max_difference"]) == ("mine@2", [note], 0.0)
     assert main(["convert", ref, str(tmp_path / "copy")]) == 0

@@ -6,12 +6,12 @@ The cache is huggingface_hub's own, shared with transformers. No code of a repos
 from __future__ import annotations
 
 import errno
-import json
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tinylab.errors import CheckpointError, NothingFoundError
+from tinylab.formats.weight_map import PICKLED, SAFETENSORS, has_weights, weight_files
 from tinylab.runs.durable import disk_error
 
 PATTERNS = [
@@ -38,7 +38,7 @@ def fetch(
 ) -> Path:
     """The folder of a model in the cache, downloaded if it is not there; its name is the commit.
 
-    An interrupted download goes on where it stopped. Without a network the cached commit of the same revision is used.
+    An interrupted download resumes where it stopped. Without a network the cached commit of the same revision is used.
     Raises NothingFoundError for a repository or revision that does not exist, is closed, or is not cached while
     offline; CheckpointError for a full disk or a broken download.
     """
@@ -47,9 +47,9 @@ def fetch(
     if revision is not None and not _REVISION.fullmatch(revision):
         raise NothingFoundError(f"a revision of {repository} must be a branch, tag or commit; found {revision!r}")
     folder = _snapshot(repository, revision, PATTERNS, cache, endpoint, offline)
-    if not any(folder.glob("*.safetensors")):
+    if not has_weights(folder, SAFETENSORS):
         folder = _snapshot(repository, revision, PATTERNS + _PICKLED, cache, endpoint, offline)
-    _require_whole(folder, repository, revision)
+    _require_complete(folder, repository, revision)
     return folder
 
 
@@ -94,24 +94,19 @@ def _missing(message: str, error: Exception) -> NoReturn:
     raise NothingFoundError(message) from error
 
 
-def _require_whole(folder: Path, repository: str, revision: str | None) -> None:
-    """Raise unless the snapshot has a configuration and every weight file that its index names."""
+def _require_complete(folder: Path, repository: str, revision: str | None) -> None:
+    """Raise unless the snapshot has a configuration and every weight file that its weight map names."""
     where = repository if revision is None else f"{repository}@{revision}"
     if not (folder / "config.json").is_file():
         raise NothingFoundError(f"{where} must be a model with a config.json; found none in it")
-    missing: set[str] = set()
-    for index in folder.glob("*.index.json"):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} must be a JSON object with a weight_map: {error}") from error
-        missing |= {name for name in map(str, named) if not (folder / name).is_file()}
-    if missing:
-        raise CheckpointError(
-            f"{where} must be whole in the cache; missing: {', '.join(sorted(missing))}. Connect and repeat the command"
-        )
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+    kinds = [kind for kind in (SAFETENSORS, PICKLED) if has_weights(folder, kind)]
+    if not kinds:
         raise NothingFoundError(f"{where} must hold weights as safetensors or .bin; found none in it")
+    try:
+        for kind in kinds:
+            weight_files(folder, kind)
+    except CheckpointError as error:
+        raise CheckpointError(f"the cache's copy of {where} is incomplete: {error}") from error
 
 
 def _default_cache() -> Path:

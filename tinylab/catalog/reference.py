@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tinylab.config.counts import parse_count
+from tinylab.catalog.series import Checkpoint, choose
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
 from tinylab.runs.folder import Run, step_of
 from tinylab.runs.manifest import verify_folder
@@ -28,25 +28,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class Reference(Checkpoint):
     """A model that was found: a Hugging Face folder on this disk (or one foreign file), and what is known about it."""
 
     kind: Literal["folder", "run", "registry", "hub", "litgpt", "llama2c"]
     """Which form of REF it was."""
     path: Path
     """The folder, or the `.pth` or `.bin` file."""
-    label: str
-    """Short name in tables, e.g. `demo@500`."""
-    step: int | None = None
-    """Optimizer steps before it."""
-    tokens: int | None = None
-    """Tokens before it, over all ranks."""
-    stage: str | None = None
-    """Stage of the run that made it."""
     run: Path | None = None
     """Folder of the run that made it."""
-    notes: tuple[str, ...] = ()
-    """What the user should know: a nearest match, a damaged newer checkpoint."""
 
 
 def resolve_reference(ref: str | Path | Reference) -> Reference:
@@ -65,7 +55,7 @@ def resolve_reference(ref: str | Path | Reference) -> Reference:
     name, at, place = text.rpartition("@")
     run = Run(name if at else text)
     if run.exists():
-        return _of_run(run, place) if at else _newest(run)
+        return _verified(choose(run_references(run), run.name, place)) if at else _newest(run)
     run = Run(text)
     if run.exists():
         return _newest(run)
@@ -117,24 +107,6 @@ def _newest(run: Run) -> Reference:
     raise CheckpointError(f"{run.path} must hold an undamaged checkpoint; found none: " + "; ".join(notes))
 
 
-def _of_run(run: Run, place: str) -> Reference:
-    """A stage is its last checkpoint, a plain integer a step that must exist, a count with a suffix the nearest one."""
-    known = run_references(run)
-    stages = {r.stage: r for r in known}
-    if place in stages and not place.isdecimal():
-        return _verified(stages[place])
-    wanted = parse_count(place, f"{run.name}@{place} names no stage ({', '.join(map(str, stages))}); else it")
-    if place.strip()[-1:].isdigit():
-        for reference in known:
-            if reference.step == wanted:
-                return _verified(reference)
-        steps = ", ".join(str(r.step) for r in known)
-        raise NothingFoundError(f"{run.name} has no checkpoint at step {wanted}; it has steps {steps}")
-    nearest = min(known, key=lambda r: abs((r.tokens or 0) - wanted))
-    note = f"{run.name}@{place}: the nearest checkpoint is step {nearest.step}, after {nearest.tokens:,} tokens"
-    return _verified(nearest if nearest.tokens == wanted else replace(nearest, notes=(note,)))
-
-
 def _folder(path: Path) -> Reference:
     """A model folder; one inside a run knows its step."""
     run = Run(path.parent.parent)
@@ -153,25 +125,18 @@ def _foreign_file(path: Path) -> Reference:
 
 def _elsewhere(text: str) -> Reference:
     """A registry name or a Hub id; anything else was meant as a local name."""
-    from tinylab.catalog import hub
-    from tinylab.catalog import milestones as registry
+    from tinylab.catalog import hub, milestones
 
-    milestone = registry.find(text)
-    if milestone is not None and milestone.repository is not None:
-        if milestone.architecture != "llama":
+    found = milestones.find(text)
+    if found is not None:
+        if found.architecture != "llama":
             raise CheckpointError(
-                f"{milestone.name} must be a Llama to open here; it is a {milestone.architecture}, listed to compare: "
-                f"open {milestone.repository} at revision {milestone.revision} with transformers"
+                f"{found.label} must be a Llama to open here; it is a {found.architecture}, listed for comparison: "
+                f"open {found.repository} at revision {found.revision} with transformers"
             )
-        return Reference(
-            kind="registry",
-            path=hub.fetch(milestone.repository, milestone.revision),
-            label=milestone.name,
-            step=milestone.step,
-            tokens=milestone.tokens,
-            stage=milestone.stage,
-            notes=(milestone.note,) if milestone.note else (),
-        )
+        path = hub.fetch(found.repository, found.revision)
+        known = {f.name: getattr(found, f.name) for f in fields(Checkpoint)}
+        return Reference(kind="registry", path=path, **known)
     name, _, revision = text.partition("@")
     inside_a_folder = Path(name).parent != Path(".") and Path(name).parent.is_dir()
     if text.startswith(("/", ".", "~")) or inside_a_folder or not _HUB_ID.fullmatch(name):
@@ -203,9 +168,16 @@ def load_model(
 
 
 def load_tokenizer(ref: str | Path | Reference) -> Tokenizer:
-    """The tokenizer of the model that REF names. Raises NothingFoundError when none lies beside it."""
+    """The tokenizer in a file `tokenizer.model` or `tokenizer.json`, or beside the model that REF names.
+
+    Raises NothingFoundError when there is none, DataError for one that cannot be read.
+    """
     from tinylab.data.tokenizer.load import load_tokenizer_file
 
+    if not isinstance(ref, Reference):
+        file = Path(ref).expanduser()
+        if file.suffix in (".model", ".json") and file.is_file():
+            return load_tokenizer_file(file)
     reference = resolve_reference(ref)
     folder = reference.path if reference.path.is_dir() else reference.path.parent
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):

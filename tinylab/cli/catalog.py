@@ -121,7 +121,7 @@ def _published() -> list[dict[str, Any]]:
     for m in PUBLISHED:
         known = m.repository in means.index and (m.step is None or means.loc[m.repository, "step"] == m.step)
         mean = means.loc[m.repository, "printed"] if known else None
-        rows.append({"ref": m.name, **dataclasses.asdict(m), "mean_score": mean})
+        rows.append({"ref": m.label, **dataclasses.asdict(m), "mean_score": mean})
     return rows
 
 
@@ -177,9 +177,9 @@ def _remove(refs: tuple[str, ...]) -> Answer:
     for ref in refs:
         milestone = find(ref)
         repository, _, revision = ref.partition("@")
-        if milestone is not None and milestone.repository is not None:
-            if milestone not in PUBLISHED:  # what was not named is not deleted
-                raise NothingFoundError(f"{milestone.note}; name exactly what to remove")
+        if milestone is not None:
+            if milestone not in PUBLISHED:  # only the nearest: what was not named is not deleted
+                raise NothingFoundError(f"{milestone.notes[0]}; name exactly what to remove")
             repository, revision = milestone.repository, milestone.revision
         rows.append({"ref": ref, "bytes": remove(repository, revision or None)})
     shown = [{"ref": r["ref"], "freed": format_bytes(r["bytes"])} for r in rows]
