@@ -23,6 +23,7 @@ from tinylab.cli.command import main
 from tinylab.cli.output import Answer, table, to_json
 from tinylab.config.counts import format_bytes, format_count
 from tinylab.config.presets import preset
+from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError, NothingFoundError, RunStopped
 from tinylab.runs.folder import Run
 
@@ -141,6 +142,31 @@ def test_a_new_run_is_the_preset_tiny_with_the_options_put_in(trained: list[tupl
         wanted, seed=5, saving=replace(wanted.saving, every_tokens=40_000), optimizer=replace(wanted.optimizer, lr=1e-3)
     )
     assert folder.config == wanted
+
+
+def test_a_new_run_says_what_it_will_really_train_before_it_starts(
+    trained: list[tuple[object, Run]], run: Run, capsys: pytest.CaptureFixture[str]
+):
+    import tinylab.training.loop
+
+    def create(config: RunConfig, run: Run) -> None:
+        print("first step", file=sys.stderr)
+        run.create(config, {})
+
+    tinylab.training.loop.train = create  # type: ignore[assignment]  # restored by `trained`
+    assert main(["train", "short", "--preset", "demo", "--tokens", "10", "--save-every", "5K"]) == 0
+    said = capsys.readouterr().err.partition("first step")[0]
+    assert said == (
+        "short: 12,288 tokens (10 asked for, rounded up to whole steps), by stage (steps × tokens): basic 1 × 4,096, "
+        "cooldown 1 × 8,192; warm-up over 0 tokens, a checkpoint every 5,000 tokens\n"
+    )
+    assert main(["train", "exact", "--tokens", "40_960"]) == 0
+    assert (
+        "exact: 40,960 tokens, by stage (steps × tokens): pretrain 10 × 4,096; warm-up" in capsys.readouterr().err
+    )
+    tinylab.training.loop.train = lambda config, run: None  # type: ignore[assignment]
+    assert main(["train", "mine", "--tokens", "200K"]) == 0
+    assert "warm-up" not in capsys.readouterr().err, "a run that exists is resumed"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tinylab.config.counts import format_count, parse_count
 from tinylab.config.io import load_run, override
 from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError, NothingFoundError, TinylabError
+from tinylab.optim.schedule import check_schedule
 from tinylab.runs.folder import Run, home, list_runs
 
 
@@ -43,10 +44,14 @@ def train_verb(
     """
     folder = Run(run)
     resolved = resolve_config(folder, preset, config, tokens, save_every, seed, set)
+    check_schedule(resolved)
+    speaks = os.environ.get("RANK", "0") == "0"  # one rank of a torchrun job
+    if speaks and not folder.exists():
+        print(f"{folder.name}: {what_it_trains(resolved, tokens)}", file=sys.stderr, flush=True)
     from tinylab.training.loop import train
 
     train(resolved, folder)
-    if os.environ.get("RANK", "0") != "0":  # under torchrun one rank speaks
+    if not speaks:
         return Answer(None, "")
     summary = run_summary(folder)
     text = (
@@ -55,6 +60,17 @@ def train_verb(
         f"validation {_number(summary['validation_loss'])} nats per token; {summary['checkpoints']} checkpoints"
     )
     return Answer(summary, text)
+
+
+def what_it_trains(config: RunConfig, asked: str | None) -> str:
+    """Length, stages, warm-up and checkpoints of a new run, `asked` being its --tokens: every stage is whole steps."""
+    rounded = asked is not None and parse_count(asked) != config.tokens
+    stages = (f"{s.name} {s.steps:,} × {s.batch_tokens:,}" for s in config.stages)
+    return (
+        f"{config.tokens:,} tokens{f' ({asked} asked for, rounded up to whole steps)' if rounded else ''}, "
+        f"by stage (steps × tokens): {', '.join(stages)}; warm-up over {config.schedule.warmup_tokens:,} tokens, "
+        f"a checkpoint every {config.saving.every_tokens:,} tokens"
+    )
 
 
 def resolve_config(
