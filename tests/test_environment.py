@@ -116,6 +116,23 @@ def test_flash_attn_and_xformers_come_by_the_installer_script_only():
     assert "env/install-gpu-extras.sh" in (ROOT / "environment.yml").read_text()
 
 
+def test_the_license_is_named_and_there():
+    assert PROJECT["license"] == "Apache-2.0"
+    (name,) = PROJECT["license-files"]
+    text = (ROOT / name).read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_commit_hooks_call_tools_of_this_environment_on_files_that_exist():
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [r["repo"] for r in repositories] == ["local"], "no network is needed"
+    hooks = {hook["id"]: hook for hook in repositories[0]["hooks"]}
+    assert set(hooks) == {"strip-notebooks", "ruff", "ruff-format"}
+    assert all(hook["language"] == "system" for hook in hooks.values())
+    program, script = hooks["strip-notebooks"]["entry"].split()
+    assert program == ".venv/bin/python" and (ROOT / script).is_file()
+
+
 def test_floors_of_the_doctor_are_those_of_pyproject():
     from tinylab.doctor import FLOORS
 
@@ -197,14 +214,17 @@ def test_files_verbs_and_presets_that_a_template_names_exist(path: Path):
     assert set(re.findall(r"--preset (\w+)", text)) <= set(PRESETS)
 
 
-def test_the_container_of_clusters_takes_the_project_and_nothing_that_runs_left():
+def test_the_apptainer_image_contains_the_project_and_no_results_of_runs():
     lines = (ROOT / "env" / "apptainer.def").read_text().partition("%files\n")[2].partition("%post")[0].split("\n")
     pairs = [line.split() for line in lines if line.strip()]
-    assert {source for source, _ in pairs} == {"pyproject.toml", "README.md", "env", "notebooks", "tinylab"}
+    assert {source for source, _ in pairs} == {"pyproject.toml", "README.md", "LICENSE", "env", "notebooks", "tinylab"}
     assert all(target == f"/opt/tinylab/{source}" for source, target in pairs)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "env").rglob("*.s*")), ids=lambda p: p.name)
+SCRIPTS = [*sorted((ROOT / "env").rglob("*.s*")), ROOT / ".ci" / "run", ROOT / ".ci" / "system-packages"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_valid_bash_and_stop_at_the_first_error(path: Path):
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
