@@ -101,11 +101,3 @@ def test_jupyterlab_listens_here_only_and_keeps_its_token():
     assert "/lab/tree/notebooks" in plan
     for weaker in ("token=''", "--IdentityProvider.token", "0.0.0.0", "--allow-root", "disable_check_xsrf", "password"):
         assert weaker not in plan
-
-
-def test_the_checks_call_the_test_target():
-    text = (ROOT / ".ci" / "run").read_text()
-    assert text.startswith("#!/usr/bin/env bash\n")
-    assert "set -euo pipefail" in text
-    assert re.search(r"^make test$", text, re.MULTILINE)
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
