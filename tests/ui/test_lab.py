@@ -24,6 +24,7 @@ from tinylab.notebook.run import find_notebook, run_notebook
 from tinylab.report import write_report
 
 pytestmark = pytest.mark.ui
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 
 
@@ -58,11 +59,14 @@ def server(lab: Path, tmp_path: Path) -> Iterator[tuple[str, str, Path]]:
     command += [f"--ServerApp.root_dir={root}", *(["--allow-root"] if os.getuid() == 0 else [])]
     names = ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTER_RUNTIME_DIR")
     environment = os.environ | {name: str(tmp_path / name.lower()) for name in names}
-    news = (
-        tmp_path / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    )
-    news.parent.mkdir(parents=True)
-    news.write_text('{"fetchNews": "false"}')  # no question in the corner
+    settings = [
+        (tmp_path / "settings", "overrides.json"),
+        (tmp_path / "jupyter_config_dir", "jupyter_server_config.py"),
+    ]
+    for folder, name in settings:  # what `make setup` puts into the environment
+        folder.mkdir()
+        shutil.copy(ROOT / "env" / "jupyter" / name, folder / name)
+    command.append(f"--LabApp.app_settings_dir={tmp_path / 'settings'}")
     with open(tmp_path / "lab.log", "wb") as log:
         process = subprocess.Popen(
             command,
@@ -114,6 +118,39 @@ def test_notebook_06_runs_in_the_browser_and_its_form_answers(browser, server, s
     page.screenshot(path=str(screenshots / "06_lab.png"))
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     assert not [e for e in errors if "favicon" not in e], errors
+    page.close()
+
+
+def test_run_all_and_save_is_no_change_for_git_and_nobody_asks_about_news(browser, server, screenshots: Path):
+    base, token, root = server
+    path = root / "notebooks" / "a.ipynb"
+    for name in (".gitattributes", "env/jupyter/strip_notebook.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    path.parent.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('a line')")]), path)
+    for line in (
+        'git init -q && git config filter.tinylab-notebook.clean "python3 env/jupyter/strip_notebook.py"',
+        "python3 env/jupyter/strip_notebook.py notebooks/a.ipynb && git add .",
+        "git -c user.name=a -c user.email=a@example.org commit -q -m first",
+    ):
+        subprocess.run(["sh", "-c", line], cwd=root, check=True)
+    page = browser.new_page()
+    page.goto(f"{base}/lab/tree/notebooks/a.ipynb?token={token}&reset")
+    page.get_by_text(re.compile(r"tinylab \| Idle")).first.wait_for(timeout=90_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.get_by_text("a line", exact=True).first.wait_for(timeout=60_000)
+    page.keyboard.press("Control+s")
+    deadline = time.monotonic() + 30
+    while '"a line' not in path.read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert '"a line' in path.read_text(), "saved with its output"
+    time.sleep(3)  # the hook runs after the save; the question about news would be there by now
+    state = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    page.screenshot(path=str(screenshots / "saved.png"))
+    assert [line for line in state.stdout.splitlines() if ".ipynb_checkpoints" not in line] == []
+    assert page.get_by_text("Jupyter news").count() == 0
     page.close()
 
 
