@@ -63,5 +63,5 @@ def test_the_whole_path_once_and_nothing_twice(
 
 def test_a_folder_with_another_run_is_refused(small: RunConfig, private_home: Path):
     Run("demo").create(replace(small, seed=99), {})
-    with pytest.raises(ConfigError, match=r"must hold the demo's own configuration.*tinylab demo --run NAME"):
+    with pytest.raises(ConfigError, match=r"must have the demo's own configuration.*tinylab demo --run NAME"):
         demo()

@@ -229,7 +229,7 @@ def test_sigterm_interrupts_the_cell_saves_and_exits_143(tmp_path: Path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    assert "stopped by signal 15" in errors
+    assert f"a.ipynb was stopped by signal 15 and saved in {out}; repeat the command to continue" in errors
     text = outputs_of(out)
     assert "before" in text and "KeyboardInterrupt" in text and "never" not in text
 

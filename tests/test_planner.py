@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from tinylab.cli.output import to_json
 from tinylab.config.presets import tiny, tinyllama_1b
 from tinylab.config.schema import Stage
 from tinylab.errors import ConfigError
@@ -88,7 +89,7 @@ def test_a_decay_that_does_not_decay_is_refused():
     ("options", "message"),
     [
         ({"gpus": 0}, "gpus must be at least 1"),
-        ({"mfu": 1.5}, "mfu must lie above 0 and at most 1"),
+        ({"mfu": 1.5}, "mfu must be greater than 0 and at most 1"),
         ({"mfu": 0.5, "tokens_per_s": 5.0}, "not both"),
         ({"tokens_per_s": -1.0}, "tokens_per_s must be finite"),
         ({"price_per_gpu_hour": -1.0}, "price_per_gpu_hour must be"),
@@ -105,8 +106,9 @@ def test_a_speed_beyond_the_peak_is_noted():
 
 def test_the_plan_is_json_and_text_with_every_stage():
     found = plan("tinyllama_v1_1", gpus=16)
-    assert json.loads(json.dumps(found.to_dict()))["days"] == found.days
-    assert [s["name"] for s in found.to_dict()["batch"]] == ["basic", "continual", "cooldown"]
+    document = json.loads(to_json(found))
+    assert document["days"] == found.days
+    assert [s["name"] for s in document["batch"]] == ["basic", "continual", "cooldown"]
     assert "cooldown" in found.text() and "formula F" in found.text()
 
 

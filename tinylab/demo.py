@@ -1,6 +1,6 @@
-"""`tinylab demo`: the whole path on one machine, offline. Each part looks first at what is there already.
+"""`tinylab demo`: everything once on one machine, offline; finished parts are not repeated.
 
-corpus of this Python → tokenizer, shards → two-stage run → scores → executed notebooks → report.html
+text of this Python environment → tokenizer, shards → two-stage run → scores → executed notebooks → report.html
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ NOTEBOOKS = (
 
 
 def demo(run: str | Path = "demo", tokens: int | None = None, again: bool = False) -> dict[str, Any]:
-    """Do, or finish, the demo in the run folder `run`; what is done already is not done again.
+    """Run the demo in the run folder `run`, or what is left of it.
 
-    `tokens`: length of the run (default: preset demo). `again`: execute the notebooks although nothing changed.
-    Gives `parts` (part, seconds, what), `results` and `look` (what to open). Raises ConfigError when the folder
-    holds another run.
+    `tokens`: length of the run (default: preset demo). `again`: execute the notebooks even if nothing changed.
+    Returns `parts` (part, seconds, what), `results` and `look` (what to open). Raises ConfigError if the folder
+    contains another run.
     """
     folder, config = Run(run), presets.preset("demo", tokens)
     if folder.exists() and folder.config != config:
         raise ConfigError(
-            f"{folder.path} must hold the demo's own configuration; found another (--tokens, or another version). "
-            "Choose another folder: tinylab demo --run NAME, or remove this one"
+            f"{folder.path} must have the demo's own configuration; found another (--tokens, or another version). "
+            "Choose another folder (tinylab demo --run NAME) or remove this one"
         )
     parts: list[dict[str, Any]] = []
 
@@ -92,7 +92,7 @@ def _evaluate(run: Run) -> str:
 
 
 def _execute(run: Run, again: bool) -> str:
-    """Execute the notebooks that changed, or whose run or scores changed, since their copy was made."""
+    """Execute the notebooks that are new, or that changed, or whose run or scores changed."""
     from tinylab.notebook.run import find_notebook, notebook_parameters, run_notebook
 
     target, state = run.path / "notebooks", run.path / "notebooks" / "executed.json"
@@ -114,7 +114,7 @@ def _execute(run: Run, again: bool) -> str:
 
 
 def _parameters(run: Run) -> dict[str, Any]:
-    """Values for whichever of these parameters a notebook has."""
+    """Values of all parameters that the notebooks of the demo may have."""
     checkpoints = run.checkpoints()
     return {
         "run": str(run.path),
@@ -128,7 +128,7 @@ def _parameters(run: Run) -> dict[str, Any]:
 
 
 def _state_key(run: Run, notebook: Path, values: dict[str, Any]) -> str:
-    """Hash of all that a notebook's result depends on: its source, its parameters, the run's steps and its scores."""
+    """Hash of everything that an executed notebook depends on: source, parameters, steps and scores of the run."""
     scores = sorted(p.name for p in run.evaluations_path.rglob("*.jsonl"))
     tail = [run.metric_records()[-1], [p.name for p in run.checkpoints()], scores, values]
     return hashlib.sha256(notebook.read_bytes() + json.dumps(tail, sort_keys=True).encode()).hexdigest()

@@ -1,11 +1,9 @@
-"""What a run will need and take, before anything is started: memory, steps, days, cost (no torch)."""
+"""What a run will need, before it starts: memory, steps, days, cost (no torch)."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tinylab.config.architecture import nearest_divisor
 from tinylab.config.presets import preset, scale_tokens, tinyllama_1b
@@ -18,7 +16,7 @@ from tinylab.optim.schedule import check_schedule, lr_at
 TINYLLAMA_TOKENS_PER_S = 24_000
 """Tokens/s of one A100-40G in TinyLlama's own run (jzhang38/TinyLlama:README.md)."""
 ASSUMED_MFU = TINYLLAMA_TOKENS_PER_S * flops_per_token(tinyllama_1b().model) / 312e12
-"""56.3%: what that is of an A100's peak by formula F; taken where neither a speed nor an MFU is given."""
+"""56.3%: that speed as a share of an A100's peak by formula F; assumed if neither a speed nor an MFU is given."""
 MEMORY_SHARE = 0.95
 """Share of a GPU's memory that the estimate may fill; the rest is for the CUDA context and fragments."""
 
@@ -44,19 +42,19 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer of `plan`; None stands for what cannot be known. Bytes are per GPU, tokens and steps global."""
+    """The answer of `plan`; None is for what cannot be known. Bytes are per GPU, tokens and steps global."""
 
     preset: str
     gpu: str
     gpus: int
     parameters: dict[str, int]
     flops_per_token: int
-    """By formula F, as MFU here and in metrics is."""
+    """By formula F, as is the MFU here and in metrics."""
     flops_by_formula: dict[str, int]
     tokens: int
     steps: int
     batch: tuple[StagePlan, ...]
-    """What one optimizer step is made of, stage by stage."""
+    """The composition of one optimizer step, for each stage."""
     total_flops: int
     """By formula F."""
     memory_bytes: dict[str, int]
@@ -74,11 +72,7 @@ class Plan:
     basis: str
     """Where the speed comes from."""
     notes: tuple[str, ...]
-    """What is wrong or doubtful."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
+    """Problems and doubts."""
 
     def text(self) -> str:
         """The plan as lines for a terminal."""
@@ -116,12 +110,11 @@ def plan(
     price_per_gpu_hour: float | None = None,
     micro_batch: int | None = None,
 ) -> Plan:
-    """What a run (a preset's name or a configuration) takes on `gpus` GPUs of one kind.
+    """What a run (a preset's name or a configuration) needs on `gpus` GPUs of one kind.
 
-    tokens: length of the run, stages scaled; absent: as configured. micro_batch replaces the configured one.
-    The speed is `tokens_per_s` (of one GPU, best a
-    measurement), or `mfu` (by formula F) of the peak, or absent both TinyLlama's own 56.3%. Raises ConfigError for an
-    unknown preset or GPU, a batch that does not divide, or a decay that does not decay.
+    `tokens` scales the run's stages; `micro_batch` replaces the configured one. The speed is `tokens_per_s` (of one
+    GPU, ideally measured), else `mfu` (by formula F) of the peak, else TinyLlama's own 56.3% of it. Raises ConfigError
+    for an unknown preset or GPU, a batch that does not divide, or a decay that does not decay.
     """
     config = preset(run, tokens) if isinstance(run, str) else (run if tokens is None else scale_tokens(run, tokens))
     if micro_batch is not None:
@@ -172,7 +165,7 @@ def _check(gpus: int, tokens_per_s: float | None, mfu: float | None, price: floa
     if tokens_per_s is not None and not (math.isfinite(tokens_per_s) and tokens_per_s > 0):
         problems.append(f"tokens_per_s must be finite and greater than 0; found {tokens_per_s}")
     if mfu is not None and not 0 < mfu <= 1:
-        problems.append(f"mfu must lie above 0 and at most 1; found {mfu}")
+        problems.append(f"mfu must be greater than 0 and at most 1; found {mfu}")
     if price is not None and not (math.isfinite(price) and price >= 0):
         problems.append(f"price_per_gpu_hour must be finite and at least 0; found {price}")
     if problems:
@@ -184,7 +177,7 @@ def _speed(device: Gpu, flops: int, tokens_per_s: float | None, mfu: float | Non
     if tokens_per_s is not None:
         return float(tokens_per_s), "as given"
     if device.bf16_tflops is None:
-        return None, f"unknown, because {device.name} has no bf16 and no peak to take a share of; give tokens_per_s"
+        return None, f"unknown, because {device.name} has no bf16, hence no bf16 peak; give tokens_per_s"
     share = ASSUMED_MFU if mfu is None else mfu
     source = (
         f"assumed MFU of {share:.1%} by formula F, TinyLlama's own 24,000 tokens/s on an A100; a measurement is better"

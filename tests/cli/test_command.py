@@ -161,9 +161,7 @@ def test_a_new_run_says_what_it_will_really_train_before_it_starts(
         "cooldown 1 × 8,192; warm-up over 0 tokens, a checkpoint every 5,000 tokens\n"
     )
     assert main(["train", "exact", "--tokens", "40_960"]) == 0
-    assert (
-        "exact: 40,960 tokens, by stage (steps × tokens): pretrain 10 × 4,096; warm-up" in capsys.readouterr().err
-    )
+    assert "exact: 40,960 tokens, by stage (steps × tokens): pretrain 10 × 4,096; warm-up" in capsys.readouterr().err
     tinylab.training.loop.train = lambda config, run: None  # type: ignore[assignment]
     assert main(["train", "mine", "--tokens", "200K"]) == 0
     assert "warm-up" not in capsys.readouterr().err, "a run that exists is resumed"
@@ -270,7 +268,7 @@ def test_the_text_of_an_option_is_one_paragraph_however_its_docstring_breaks(
 ):
     monkeypatch.setenv("COLUMNS", "1000")
     assert main(["bench", "--help"]) == 0
-    assert "lie apart. opening: seconds and peak memory" in capsys.readouterr().out
+    assert "generated tokens. opening: seconds and peak memory" in capsys.readouterr().out
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):

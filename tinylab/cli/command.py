@@ -1,4 +1,4 @@
-"""From arguments to an exit code: finds the verb, parses its options with tyro, prints its answer or one message.
+"""From arguments to an exit code: find the verb, parse its options with tyro, print its answer or one message.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 nothing usable found, 130 and 143 stopped by a signal.
 """
@@ -22,25 +22,25 @@ from tinylab.cli.output import Answer, to_json
 from tinylab.errors import EXIT_FAILED, EXIT_USAGE, TinylabError, did_you_mean
 
 VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("machine", "the whole path on this machine, offline: corpus to report"),
+    "demo": ("machine", "everything once on this machine, offline: from corpus to report"),
     "doctor": ("machine", "what works here, what does not, and the remedy"),
     "plan": ("machine", "memory, speed, days and cost of a run before it starts"),
     "bench": ("machine", "measure side by side with a named peer"),
-    "prepare": ("data", "corpora to tokenizer and token shards"),
+    "prepare": ("data", "make tokenizer and token shards from corpora"),
     "batch": ("data", "the samples of a step, and the documents they come from"),
-    "train": ("training", "run, or resume: the same command"),
+    "train": ("training", "start a run or resume it, by the same command"),
     "runs": ("training", "list runs and their state"),
     "checkpoints": ("catalog", "own and published milestones; audit, fetch, remove"),
     "verify": ("checkpoints", "compare files with their manifests"),
-    "convert": ("checkpoints", "from one checkpoint format to another"),
-    "generate": ("checkpoints", "text from a model"),
+    "convert": ("checkpoints", "write a model in another checkpoint format"),
+    "generate": ("checkpoints", "write text with a model"),
     "evaluate": ("evaluation", "score models and keep every item"),
     "scores": ("evaluation", "tables of scores with intervals"),
     "compare": ("evaluation", "two models on the same items, pair by pair"),
     "run": ("notebooks", "execute a notebook with strict parameters"),
-    "report": ("notebooks", "runs as one offline HTML file"),
+    "report": ("notebooks", "show runs in one offline HTML file"),
 }
-"""Verb to its module in tinylab/cli and one line of help. The function in the module is called `<verb>_verb`."""
+"""Each verb's module in tinylab/cli and one line of help. The function in the module is called `<verb>_verb`."""
 
 _CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 
@@ -51,9 +51,9 @@ COMMON = """options of every verb:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: that of this process); its exit code. Errors become one message, never raise."""
-    # Read by OpenMP when torch is loaded. By default its threads spin for long while one of them waits for a core,
-    # and training beside one other busy process becomes several times slower (measured: notebooks/LOG.md).
+    """Run one command line (default: that of this process) and return its exit code; errors become one message."""
+    # OpenMP reads this when torch is loaded. By default its threads spin so long while one of them waits for a core
+    # that training beside one other busy process becomes several times slower (measured: notebooks/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = _take(arguments, "--debug"), _take(arguments, "--json")
@@ -74,7 +74,7 @@ def _streams() -> Iterator[None]:
 
 
 class _Messages:
-    """Standard error whose reader may leave (`2>&1 | head`, a closed terminal): messages are lost, the work goes on."""
+    """Standard error whose reader may leave (`2>&1 | head`, a closed terminal): messages are lost, work continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -93,7 +93,7 @@ class _Messages:
 
 
 def _run(arguments: list[str], debug: bool, as_json: bool) -> int:
-    """The exit code of a command line whose common options are taken out."""
+    """Run a command line without the common options; its exit code."""
     try:
         return _show(_dispatch(arguments, as_json), as_json)
     except KeyboardInterrupt:
@@ -149,9 +149,9 @@ def _verb_function(verb: str) -> Callable[..., Answer]:
 
 
 def _bound(function: Callable[..., Answer]) -> Callable[..., Callable[[], Answer]]:
-    """The same options, but a call only binds: wrong usage is told from an error of the work itself.
+    """The verb with the same options, but a call only binds them: tyro's errors are then wrong usage, all others not.
 
-    The help leaves out defaults that say nothing, and an option's text is one paragraph, however its docstring breaks.
+    The help leaves out empty defaults, and an option's text is one paragraph, however its docstring breaks.
     """
     from tyro.conf import arg
 
@@ -198,7 +198,7 @@ def _missing_module(error: ModuleNotFoundError) -> str:
 
 def _system_message(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}; check the path, its permissions and the room on its disk"
+    return f"{where}{error.strerror or error}; check the path, its permissions and the free space on its disk"
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -210,12 +210,12 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _visible(text: str, stream: TextIO) -> str:
-    """The text; for a terminal with control characters spelled out, because models and documents hold any of them."""
+    """The text; for a terminal, control characters are spelled out, because models and documents may contain any."""
     return text.translate(_CONTROLS) if stream.isatty() else text
 
 
 def _show(answer: Answer, as_json: bool) -> int:
-    """Print the answer. A reader that left (`| head`) changes nothing about the work or its exit code."""
+    """Print the answer; returns its exit code, also where the reader has left (`| head`)."""
     text = to_json(answer.document) if as_json and answer.document is not None else answer.text
     try:
         if text:

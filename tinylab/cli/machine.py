@@ -14,14 +14,14 @@ from tinylab.errors import EXIT_FAILED, ConfigError
 def demo_verb(
     run: str = "demo", tokens: str | None = None, again: Literal["nothing", "notebooks"] = "nothing"
 ) -> Answer:
-    """The whole path on this machine, offline: corpus, tokenizer, shards, a two-stage run, scores, notebooks, report.
+    """Everything once on this machine, offline: corpus, tokenizer, shards, a two-stage run, scores, notebooks, report.
 
-    What is done already is not done again; after an interrupt the same command goes on.
+    Finished parts are not repeated; after an interrupt, the same command continues.
 
     Args:
         run: run folder, or a name below runs/.
         tokens: length of the run, such as 500K; default: that of the preset demo.
-        again: notebooks executes them again although nothing changed.
+        again: "notebooks" executes them even if nothing changed.
     """
     from tinylab.demo import demo
 
@@ -32,10 +32,10 @@ def demo_verb(
 
 
 def doctor_verb(device: Literal["auto", "cpu", "cuda"] = "auto") -> Answer:
-    """What works on this machine, what does not, and the remedy. Exit code 1 if something that is needed does not work.
+    """What works on this machine, what does not, and the remedy. Exit code 1 if something necessary does not work.
 
     Args:
-        device: where attention backends and a forward/backward are tried.
+        device: where attention backends and a forward/backward pass are tried.
     """
     from tinylab.doctor import doctor
 
@@ -47,7 +47,7 @@ def doctor_verb(device: Literal["auto", "cpu", "cuda"] = "auto") -> Answer:
         if finding["remedy"]:
             lines.append(f"{'':<8} {'':<{width}}  remedy: {finding['remedy']}")
     problems = sum(f["state"] == "problem" for f in found["findings"])
-    lines.append("everything that tinylab needs works" if found["healthy"] else f"{problems} problems")
+    lines.append("everything that tinylab needs works" if found["healthy"] else f"problems: {problems}")
     return Answer(found, "\n".join(lines), 0 if found["healthy"] else EXIT_FAILED)
 
 
@@ -68,18 +68,18 @@ def plan_verb(
         preset: configuration to plan: tinyllama_1b (default), tinyllama_v1_1, tinyllama_120m, tiny, demo.
         config: TOML file to plan instead of a preset.
         gpu: a100-40g, a100-80g, h100, h200, …
-        gpus: how many.
+        gpus: number of GPUs.
         tokens: length of the run, such as 3T; default: that of the configuration.
-        tokens_per_s: measured speed of one GPU; default: from mfu.
-        mfu: share of the peak by FLOPs formula F, such as 0.4; default: TinyLlama's on an A100.
+        tokens_per_s: measured speed of one GPU; default: computed from mfu.
+        mfu: share of the peak by FLOPs formula F, such as 0.4; default: that of TinyLlama on an A100.
         micro_batch: sequences per forward pass and GPU; default: that of the configuration.
-        price: of one GPU hour, in any currency.
+        price: price of one GPU hour, in any currency.
     """
     from tinylab.config.io import load_run
     from tinylab.planner import plan
 
     if preset is not None and config is not None:
-        raise ConfigError("give --preset or --config, not both: each is a whole configuration")
+        raise ConfigError("give --preset or --config, not both: each is a complete configuration")
     found = plan(
         load_run(config) if config else preset or "tinyllama_1b",
         gpu,
@@ -90,30 +90,28 @@ def plan_verb(
         price_per_gpu_hour=price,
         micro_batch=micro_batch,
     )
-    return Answer(found.to_dict(), found.text())
+    return Answer(found, found.text())
 
 
 def bench_verb(
     what: Annotated[Literal["train", "parity", "opening", "decoding"], arg(metavar="{train,parity,opening,decoding}")],
     /,
     preset: str | None = None,
-    against: str = "transformers",
+    against: Literal["transformers"] = "transformers",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     windows: int = 5,
 ) -> Answer:
-    """Measure side by side with a named peer, taken in turn.
+    """Measure tinylab and a named peer in turns.
 
     Args:
-        what: train: tokens/s of whole optimizer steps. parity: how far logits and generated tokens lie apart. opening:
+        what: train: tokens/s of full optimizer steps. parity: differences of logits and generated tokens. opening:
             seconds and peak memory to open a bf16 folder, each time in a fresh process. decoding: tokens/s of greedy
             decoding on the CPU.
-        preset: the configuration that both sides take; default: tinyllama_1b for opening, else tiny. Not for parity.
-        against: the peer: transformers.
-        device: train: where.
-        windows: measured stretches of each contender, taken in turn. Not for parity.
+        preset: configuration of both sides; default: tinyllama_1b for opening, else tiny. Not for parity.
+        against: the peer.
+        device: where train is measured.
+        windows: measurements of each side, in turns. Not for parity.
     """
-    if against != "transformers":
-        raise ConfigError(f"against must be transformers; found {against!r}")
     if what == "parity":
         from tinylab.bench.parity import bench_parity
 

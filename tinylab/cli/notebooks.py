@@ -24,8 +24,8 @@ def run_verb(
     Args:
         notebook: path, or number or name below notebooks/: 03, loss_curves.
         out: path of the executed notebook, or a folder for it.
-        parameter: name and value of a parameter (once per parameter).
-        file: YAML file of parameters; -p wins over it.
+        parameter: name and value of one parameter; may be repeated for others.
+        file: YAML file of parameters; -p overrides it.
         timeout: seconds that each cell may take.
     """
     from tinylab.notebook.run import collect_parameters, run_notebook
@@ -36,7 +36,7 @@ def run_verb(
 
 
 def report_verb(paths: Annotated[tuple[str, ...], arg(metavar="RUN… OUT")], /) -> Answer:
-    """Runs as one HTML file that opens offline, with every figure in it.
+    """Show runs in one HTML file that opens offline, with every figure in it.
 
     Args:
         paths: one or more runs, then the file to write (.html).

@@ -13,7 +13,7 @@ from tinylab.runs.plain import to_plain
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a verb. It goes to standard output: `document` with `--json`, else `text`."""
+    """The result of a verb, printed on standard output: `document` with `--json`, else `text`."""
 
     document: Any
     text: str
@@ -21,12 +21,12 @@ class Answer:
 
 
 def to_json(document: Any) -> str:
-    """The document as JSON in ASCII, whatever the stream takes; numbers that JSON lacks (nan, inf) become null."""
+    """The document as JSON in ASCII, for any stream; numbers that JSON lacks (nan, inf) become null."""
     return json.dumps(to_plain(document), indent=1, allow_nan=False)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows as aligned text under their column names: numbers to the right, absent values as `-`."""
+    """Rows as text in columns under their names: numbers right-aligned, absent values as `-`."""
     if not rows:
         return ""
     names = list(columns or rows[0])

@@ -31,16 +31,16 @@ def train_verb(
     seed: int | None = None,
     set: UseAppendAction[tuple[str, ...]] = (),
 ) -> Answer:
-    """Run, or resume: the same command. On a run that exists, `tinylab train RUN` alone is enough.
+    """Start a run or resume it, by the same command. For a run that exists, `tinylab train RUN` is enough.
 
     Args:
         run: run folder, or a name below runs/.
         preset: configuration to start from: tiny (default), demo, tinyllama_120m, tinyllama_1b, tinyllama_v1_1.
         config: TOML file to start from, instead of a preset.
-        tokens: length of the run over all ranks, such as 200K or 1.5B; stages and warm-up scale with it.
+        tokens: length of the run over all ranks, such as 200K or 1.5B; stages and warm-up are scaled with it.
         save_every: tokens between checkpoints, such as 50K.
-        seed: key of initialization and data order.
-        set: override of any key, such as optimizer.lr=1e-3 (once per key).
+        seed: seed of initialization and data order.
+        set: override of any key, such as optimizer.lr=1e-3; may be repeated for others.
     """
     folder = Run(run)
     resolved = resolve_config(folder, preset, config, tokens, save_every, seed, set)
@@ -82,12 +82,12 @@ def resolve_config(
     seed: int | None,
     assignments: tuple[str, ...],
 ) -> RunConfig:
-    """The configuration that these options name; without --preset and --config they change that of an existing run.
+    """The configuration that these options describe: a preset or file, else that of an existing run, with changes.
 
-    Raises ConfigError when they do not fit together. Whether an existing run may go on with it, `train` decides.
+    Raises ConfigError if they contradict one another. Whether an existing run may resume with it is decided by `train`.
     """
     if preset is not None and config is not None:
-        raise ConfigError("give --preset or --config, not both: each is a whole configuration to start from")
+        raise ConfigError("give --preset or --config, not both: each is a complete configuration")
     if config is not None:
         base = load_run(config)
     elif preset is None and run.exists():
@@ -107,19 +107,19 @@ def runs_verb(root: Annotated[str | None, arg(metavar="FOLDER")] = None, /) -> A
     """List runs with their state, progress and losses.
 
     Args:
-        root: folder that holds run folders; default: runs/ in TINYLAB_HOME.
+        root: folder that contains run folders; default: runs/ in TINYLAB_HOME.
     """
     place = Path(root).expanduser().absolute() if root else home() / "runs"
     found = list_runs(place)
     if not found:
-        raise NothingFoundError(f"{place} must hold run folders; found none. Start one: tinylab train mine")
+        raise NothingFoundError(f"{place} must contain run folders; found none. Start one: tinylab train mine")
     rows = [_row(r) for r in found]
     columns = ["run", "state", "step", "steps", "tokens", "loss", "validation_loss", "checkpoints"]
     return Answer(rows, table(rows, columns))
 
 
 def _row(run: Run) -> dict[str, Any]:
-    """The summary of a run; of one that cannot be read only why, so that the others are still listed."""
+    """The summary of a run; for one that cannot be read, only the reason, so that the others are still listed."""
     try:
         return run_summary(run)
     except (TinylabError, OSError) as error:
@@ -128,7 +128,7 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def run_summary(run: Run) -> dict[str, Any]:
-    """Where a run stands: step, tokens, last losses (nats per token), checkpoints, age of the heartbeat in s."""
+    """State and progress of a run: step, tokens, losses (nats per token), checkpoints, age of the heartbeat in s."""
     config, status, records = run.config, run.status(), run.metric_records()
     last = records[-1] if records else {}
     measured = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]

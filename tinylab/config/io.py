@@ -21,12 +21,15 @@ MAX_BYTES = 1_000_000
 
 def load_run(path: str | Path) -> RunConfig:
     """The run configuration in a TOML file. Raises ConfigError naming the file and every problem."""
-    path = Path(path)
-    return run_from_dict(_read_toml(path), where=str(path))
+    try:
+        values = tomllib.loads(read_text(Path(path), "configuration"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return run_from_dict(values, where=str(path))
 
 
 def run_from_dict(values: dict[str, Any], where: str = "configuration") -> RunConfig:
-    """A configuration from nested dictionaries as TOML gives them. Raises ConfigError with every problem found."""
+    """A configuration from nested dictionaries, as in TOML. Raises ConfigError with every problem found."""
     problems: list[str] = []
     result = _build(RunConfig, values, "", problems)
     if problems:
@@ -35,7 +38,7 @@ def run_from_dict(values: dict[str, Any], where: str = "configuration") -> RunCo
 
 
 def run_to_dict(value: Any) -> Any:
-    """Nested plain values of a configuration, shared with nothing; absent fields (None) are left out, as TOML does."""
+    """A configuration as new, nested plain values; absent fields (None) are left out, as in TOML."""
     if dataclasses.is_dataclass(value):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {k: run_to_dict(v) for k, v in pairs if v is not None}
@@ -118,13 +121,6 @@ def read_text(path: Path, kind: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the {kind} {path}: {error}") from error
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_text(path, "configuration"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def _build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:

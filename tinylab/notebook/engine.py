@@ -1,6 +1,6 @@
-"""The papermill engine `tinylab`, and the handler that writes executed notebooks whole or not at all.
+"""The papermill engine `tinylab`, and the handler that writes executed notebooks atomically.
 
-To be imported after papermill, which loads this module by its entry point: take the names from `tinylab.notebook`.
+Import papermill first: it loads this module by its entry point, through `tinylab.notebook`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tinylab.runs.secrets import remove_secrets
 
 
 class AtomicHandler(LocalHandler):
-    """papermill's local files, written by temporary name, fsync and rename, with secrets taken out."""
+    """papermill's local files, written under a temporary name, fsynced and renamed, without secrets."""
 
     def write(self, buf: str, path: str) -> None:
-        """Put the notebook `buf` at `path`: readers see the old file or the new one, never a part."""
+        """Write the notebook `buf` to `path`: readers see the old file or the new one, never a part."""
         write_atomic(Path(path), remove_secrets(buf))
 
 
 class InterpreterKernel(AsyncKernelManager):
-    """A kernel in the Python that runs this process, whatever kernelspec of the same name is installed elsewhere."""
+    """A kernel in the Python of this process, whatever kernelspec of the same name is installed elsewhere."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -48,32 +48,32 @@ class InterpreterKernel(AsyncKernelManager):
 
 
 class Client(PapermillNotebookClient):
-    """papermill's client that stops between cells, and inside one, after `stop`."""
+    """papermill's client, which ends after `stop`: inside a cell or between two."""
 
     stopped_by: int | None = None
 
     def stop(self, number: int) -> None:
-        """Interrupt the running cell, as a Ctrl-C in its kernel would, and start no other."""
+        """Interrupt the running cell as Ctrl-C does in its kernel, and start no other."""
         self.stopped_by = number
         pid = getattr(getattr(self.km, "provisioner", None), "pid", None)
         if pid:
             os.kill(pid, signal.SIGINT)
 
     def execute_cell(self, cell: Any, cell_index: int, *args: Any, **kwargs: Any) -> Any:
-        """One cell, unless a signal asked to stop."""
+        """Execute one cell, unless a signal asked to stop."""
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         return super().execute_cell(cell, cell_index, *args, **kwargs)
 
 
 class TinylabEngine(NBClientEngine):
-    """nbclient with joined streams, the executor variable set, and signals passed to the kernel.
+    """nbclient with joined streams, the executor variable, and signals passed on to the kernel.
 
-    `papermill --engine tinylab …` gives the same but for strict parameters and exit codes.
+    `papermill --engine tinylab …` does the same, without strict parameters and our exit codes.
     """
 
     stopped_by: int | None = None
-    """The signal that ended the last notebook, if one did."""
+    """The signal that ended the last notebook, if any."""
 
     @classmethod
     def execute_managed_notebook(
@@ -87,7 +87,7 @@ class TinylabEngine(NBClientEngine):
         execution_timeout: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the cells of `nb_man.nb` one after the other."""
+        """Run the cells of `nb_man.nb` in order."""
         cls.stopped_by = None
         out = os.path.abspath(nb_man.output_path) if nb_man.output_path else ""
         register_handler()
@@ -107,45 +107,31 @@ class TinylabEngine(NBClientEngine):
             if kernel_name in ("python3", "tinylab"):
                 final |= {"kernel_manager_class": InterpreterKernel, "config": _private_sockets(Path(folder))}
             client = Client(nb_man, **final)
-            with _environment(variables), _signals(client):
+            with _signals(client):
                 try:
-                    return client.execute()
+                    return client.execute(env=os.environ | variables)
                 finally:
                     cls.stopped_by = client.stopped_by
 
 
 def register_handler() -> None:
-    """Let papermill write local absolute paths through AtomicHandler; once is enough."""
+    """Let papermill write local absolute paths through AtomicHandler."""
     if not isinstance(papermill_io.get_handler("/"), AtomicHandler):
         papermill_io.register("/", AtomicHandler())
 
 
 def _private_sockets(folder: Path) -> Config:
-    """Settings of a kernel that talks through sockets in `folder`: kernels started at the same time never meet.
+    """Settings of a kernel with its sockets in `folder`, so that kernels started at the same time do not collide.
 
-    Ports of the machine, and jupyter_client's own names for sockets, are looked for first and bound later.
+    jupyter_client looks for free ports, and for free names of sockets in the working folder, and binds them later.
     """
     places = {"connection_file": str(folder / "kernel.json"), "ip": str(folder / "socket")}
     return Config({InterpreterKernel.__name__: {"transport": "ipc", **places}})
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the kernel, put back afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextmanager
 def _signals(client: Client) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 stop the client; a second one acts as usual."""
+    """SIGINT, SIGTERM and SIGUSR1 stop the client; a second one has its usual effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

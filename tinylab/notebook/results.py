@@ -16,16 +16,13 @@ OUT_VARIABLE = "TINYLAB_NOTEBOOK_OUT"
 
 
 def result_path(notebook: str) -> Path:
-    """Where the result of `notebook` goes: OUT with `.result.json` for `.ipynb`; in JupyterLab `runs/notebooks/`.
-
-    The name carries the notebook's, because the executed notebooks of one run share a folder.
-    """
+    """Where the result of `notebook` goes: beside OUT as `….result.json`; in JupyterLab, into `runs/notebooks/`."""
     out = os.environ.get(OUT_VARIABLE)
     return Path(out).with_suffix(".result.json") if out else home() / "runs" / "notebooks" / f"{notebook}.result.json"
 
 
 def write_result(notebook: str, **values: Any) -> Path:
-    """Write the findings of `notebook` as JSON (numpy scalars and NaN become plain numbers and null); its path."""
+    """Write the findings of `notebook` as JSON (NaN becomes null, numpy's scalars become numbers); returns the path."""
     path = result_path(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"notebook": notebook, **values}

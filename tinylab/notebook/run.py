@@ -1,4 +1,4 @@
-"""`tinylab run`: find a notebook, check its parameters, execute it, say what went wrong in our words."""
+"""`tinylab run`: find a notebook, check its parameters, execute it, and explain what went wrong."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def find_notebook(name: str | Path) -> Path:
     if len(fits) == 1 and os.sep not in text:
         return known[fits[0]]
     hint = did_you_mean(Path(wanted).name, known, f"known: {', '.join(known) or 'none'}")
-    raise ConfigError(f"a notebook must be a file, or a number or name below notebooks/; found {text!r}. {hint}")
+    raise ConfigError(f"a notebook must be a file, or a number or name in notebooks/; found {text!r}; {hint}")
 
 
 def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
-    """What the notebook can be given, from its cell tagged `parameters`; empty when it has none."""
+    """The parameters of the notebook, from its cell tagged `parameters`; empty if it has none."""
     path = find_notebook(notebook)
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -60,9 +60,9 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
 def collect_parameters(
     notebook: str | Path, assignments: list[str] | tuple[str, ...] = (), files: list[str] | tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Values from `-f` files and `-p name=value` texts, in the notebook's types; texts win over files.
+    """Values from `-f` files and `-p name=value` texts, in the notebook's types; texts override files.
 
-    Raises ConfigError for an unknown or repeated name, or a value that does not fit, with all problems together.
+    Raises one ConfigError with every unknown name, repeated name and value of the wrong type.
     """
     declared = notebook_parameters(notebook)
     values: dict[str, Any] = {}
@@ -98,11 +98,11 @@ def run_notebook(
     timeout: float | None = None,
     progress: bool = False,
 ) -> Path:
-    """Execute `notebook` with `parameters` and keep it at `out` (a folder keeps the notebook's name); that path.
+    """Execute `notebook` with `parameters` and write it to `out`, a file or a folder; returns the path.
 
-    The kernel is this Python; its working folder is the caller's. `timeout` is in seconds per cell. A cell's
-    ConfigError or NothingFoundError is raised again here as what it was, so exit codes hold; any other error is a
-    NotebookError that names the cell; a signal gives RunStopped after the notebook was saved. `out` is always whole.
+    The kernel runs this Python in the caller's working folder. `timeout` is in seconds per cell. An error of tinylab in
+    a cell is raised here again, so that exit codes hold; any other becomes a NotebookError that names the cell.
+    A signal raises RunStopped after the notebook is saved. `out` is complete at any moment.
     """
     source = find_notebook(notebook)
     values = check_values(notebook_parameters(source), parameters or {}, source.name)
@@ -145,8 +145,8 @@ def _execute(source: Path, target: Path, values: dict[str, Any], timeout: float 
         failure = _cell_failure(error, source, target)
     except DeadKernelError:
         failure = NotebookError(
-            f"{source.name}: the kernel must live until the last cell; it died (out of memory?). What ran is in "
-            f"{target}; run folders are intact: repeat the same command"
+            f"{source.name}: the kernel must live until the last cell; it died (out of memory?). The cells that ran "
+            f"are in {target}, and run folders are intact; repeat the same command"
         )
     except CellTimeoutError:
         failure = NotebookError(f"{source.name}: each cell must end within {timeout} s; one did not. See {target}")
@@ -155,13 +155,14 @@ def _execute(source: Path, target: Path, values: dict[str, Any], timeout: float 
             raise
     if TinylabEngine.stopped_by is not None:
         number = int(TinylabEngine.stopped_by)
-        raise RunStopped(f"{source.name} stopped by signal {number}; saved in {target}. Repeat to go on", number)
+        message = f"{source.name} was stopped by signal {number} and saved in {target}; repeat the command to continue"
+        raise RunStopped(message, number)
     if failure is not None:
         raise failure
 
 
 def _cell_failure(error: Any, source: Path, target: Path) -> TinylabError:
-    """Our error for a cell that raised: the kind it was in the kernel if that is ours, else NotebookError."""
+    """The error for a cell that raised: of its own kind if that is tinylab's, else a NotebookError."""
     kind = getattr(errors, error.ename, None)
     message = _ANSI.sub("", str(error.evalue))
     if isinstance(kind, type) and issubclass(kind, TinylabError) and kind is not RunStopped:
