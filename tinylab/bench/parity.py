@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
 from dataclasses import replace
@@ -19,8 +20,23 @@ from tinylab.model.generate import generate_ids
 from tinylab.model.transformer import Llama
 
 BASE = Model(vocab_size=512, n_layer=3, d_model=256, n_head=8, n_kv_head=2, d_ff=704, seq_len=128)
-FP32_LIMIT = 1e-5
-"""Largest absolute difference accepted in fp32, on logits of order 1."""
+
+
+def rounding_bound(config: Model, length: int, largest_logit: float) -> float:
+    """Largest difference of a logit that the rounding of two fp32 evaluations of the same weights explains.
+
+    A sum of K products in fp32 has a relative error of about u·sqrt(K), u = 2^-24: its roundings are independent and
+    add as a random walk (Higham and Mary 2019, a new approach to probabilistic rounding error analysis). The
+    products of a layer sum over C (norm; q, k, v), D (scores), `length` (values), H·D (output), C (norm; gate, up)
+    and F (down), those of the head over C; their errors are independent too, so that squares add: all in all
+    u·sqrt(sum of K) of a logit. Two evaluations differ by sqrt(2) times that in the root mean square. The largest of
+    some 100,000 logits is 4 to 5 times their root mean square, and so is the largest of as many differences, hence the
+    bound is relative to the largest logit. No constant is fitted. Processors and libraries choose the order of sums; a
+    blocked or fused order only makes errors smaller, so the bound holds for any of them.
+    """
+    C, D = config.d_model, config.head_size
+    layer = 4 * C + D + length + config.n_head * D + config.d_ff
+    return 2**-24 * math.sqrt(2 * (config.n_layer * layer + 2 * C)) * largest_logit
 
 
 def architectures() -> dict[str, Model]:
@@ -42,11 +58,12 @@ def architectures() -> dict[str, Model]:
 def bench_parity(seed: int = 0, length: int = 101, models: int = 4) -> dict[str, Any]:
     """The parity table: a row per architecture, each over `models` random models and two sequences of `length` tokens.
 
-    Columns: largest absolute difference of logits in fp32; the error in bf16, ours and transformers' own, both against
-    transformers in fp32, as root mean square and as the largest; whether 16 greedy tokens are equal with our cache,
-    without it, and to transformers'. A row `holds` when every fp32 difference stays within `FP32_LIMIT`, our bf16 error
-    is within transformers' in the root mean square of every model, and the tokens are equal. The largest of some
-    100,000 roundings is a matter of chance and decides nothing.
+    Columns: largest absolute difference of logits in fp32, and what rounding explains of it (`rounding_bound`); the
+    error in bf16, ours and transformers' own, both against transformers in fp32, as root mean square and as the
+    largest; whether 16 greedy tokens are equal with our cache, without it, and to transformers'. A row `holds` when
+    every fp32 difference stays within its bound, our bf16 error is within transformers' in the root mean square of
+    every model, and the tokens are equal; `why` says which of these fails. The largest of some 100,000 roundings in
+    bf16 is a matter of chance and decides nothing.
     """
     rows = [
         _row(name, [_compare(model, seed + n, length) for n in range(models)])
@@ -58,7 +75,6 @@ def bench_parity(seed: int = 0, length: int = 101, models: int = 4) -> dict[str,
         "models": models,
         "rows": rows,
         "holds": all(r["holds"] for r in rows),
-        "fp32_limit": FP32_LIMIT,
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
@@ -66,12 +82,15 @@ def bench_parity(seed: int = 0, length: int = 101, models: int = 4) -> dict[str,
 
 def _row(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     """One architecture: the worst of its models in every column."""
-    columns = ("largest_logit", "fp32", "bf16_rms", "bf16_rms_transformers", "bf16", "bf16_transformers")
+    columns = ("largest_logit", "fp32", "fp32_bound", "bf16_rms", "bf16_rms_transformers", "bf16", "bf16_transformers")
     row: dict[str, Any] = {column: max(f[column] for f in found) for column in columns}
     same = all(f["greedy_equal"] for f in found)
-    within = all(f["bf16_rms"] <= f["bf16_rms_transformers"] for f in found)
-    holds = row["fp32"] <= FP32_LIMIT and within and same
-    return {"architecture": name, **row, "greedy_equal": same, "holds": holds}
+    excess = max(f["fp32"] / f["fp32_bound"] for f in found)
+    reasons = [f"fp32 differs by {excess:.3g} times what rounding explains"] if not excess <= 1 else []
+    if not all(f["bf16_rms"] <= f["bf16_rms_transformers"] for f in found):
+        reasons.append("the error in bf16 exceeds transformers'")
+    reasons += [] if same else ["greedy tokens differ"]
+    return {"architecture": name, **row, "greedy_equal": same, "holds": not reasons, "why": "; ".join(reasons)}
 
 
 def _compare(config: Model, seed: int, length: int) -> dict[str, Any]:
@@ -102,8 +121,10 @@ def _compare(config: Model, seed: int, length: int) -> dict[str, Any]:
     tokens.append(theirs.generate(greedy, max_new_tokens=16, do_sample=False, pad_token_id=0).tolist())
     theirs.set_attn_implementation("sdpa")  # its default, in bf16 the more exact of the two
     bf16, theirs_bf16 = ours_bf16(ids) - wanted, theirs.to(torch.bfloat16)(ids).logits - wanted
+    largest = wanted.abs().max().item()
     return {
-        "largest_logit": wanted.abs().max().item(),
+        "largest_logit": largest,
+        "fp32_bound": rounding_bound(config, length, largest),
         "fp32": fp32.abs().max().item(),
         "bf16_rms": bf16.square().mean().sqrt().item(),
         "bf16_rms_transformers": theirs_bf16.square().mean().sqrt().item(),
