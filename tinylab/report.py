@@ -8,25 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylab import plots
 from tinylab.config.counts import format_count
 from tinylab.config.io import run_to_toml
 from tinylab.errors import ConfigError, TinylabError
-from tinylab.html.escape import escape, table_html
-from tinylab.html.parts import figure_html
+from tinylab.html.page import page_html
+from tinylab.html.parts import captioned, code, heading, paragraph
+from tinylab.html.tables import table_html
+from tinylab.plots.comparison import flips, score_differences
+from tinylab.plots.corpus import mixture_of
+from tinylab.plots.scores import score_trajectories
+from tinylab.plots.training import gradient_norm, learning_rate, loss_curves, throughput, validation_bits
 from tinylab.runs.durable import disk_error, write_atomic
 from tinylab.runs.folder import Run
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:2.4rem;border-bottom:2px solid #0072B2;padding-bottom:.2rem}
-table{border-collapse:collapse;margin:.8rem 0;font-size:.88rem}caption{text-align:left;font-weight:600;padding:.3rem 0}
-th,td{border-bottom:1px solid #ddd;padding:.25rem .7rem;text-align:left;vertical-align:top}
-th{background:#f4f6f8}
-pre{background:#f7f7f7;padding:.8rem;overflow:auto;font-size:.82rem}
-figure{margin:1.2rem 0}figcaption{color:#666;font-size:.85rem}.note{color:#666}nav a{margin-right:1rem}
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: str = "") -> Path:
@@ -35,34 +28,22 @@ def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: st
     Sections: summary, loss, schedule and speed, scores, comparison of checkpoints, data, configuration, journal.
     Raises NothingFoundError for a run that is not there, ConfigError for no runs or an `out` that is a folder.
     """
-    import pandas
-
     found = [(run if isinstance(run, Run) else Run(run)).require() for run in runs]
     out = Path(out).expanduser().absolute()
     if not found or out.is_dir():
-        raise ConfigError(f"a report needs at least one run, and a file to write; found {len(found)} runs and {out}")
-    name = title or f"Report on {', '.join(run.name for run in found)}"
+        raise ConfigError(f"a report needs at least one run and a file to write; found {len(found)} runs and {out}")
     sections = {
-        "Summary": _summary(found, pandas),
+        "Summary": _summary(found),
         "Loss": _loss(found),
         "Learning rate, gradients, speed": _training(found),
-        "Scores": "".join(_scores(run) for run in found),
-        "Comparison of checkpoints": "".join(_comparison(run) for run in found),
-        "Data": "".join(_data(run, pandas) for run in found),
-        "Configuration": "".join(f"<h3>{escape(r.name)}</h3><pre>{escape(run_to_toml(r.config))}</pre>" for r in found),
-        "Provenance and journal": "".join(_provenance(run, pandas) for run in found),
+        "Scores": "".join(heading(run.name) + _scores(run) for run in found),
+        "Comparison of checkpoints": "".join(heading(run.name) + _comparison(run) for run in found),
+        "Data": "".join(heading(run.name) + _data(run) for run in found),
+        "Configuration": "".join(heading(run.name) + code(run_to_toml(run.config)) for run in found),
+        "Provenance and journal": "".join(heading(run.name) + _provenance(run) for run in found),
     }
-    links = "".join(f'<a href="#s{i}">{escape(heading)}</a>' for i, heading in enumerate(sections))
-    body = "".join(f'<h2 id="s{i}">{escape(h)}</h2>{content}' for i, (h, content) in enumerate(sections.items()))
-    made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    html = (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body><h1>{escape(name)}</h1>"
-        f'<p class="note">Written by tinylab on {made}. Everything is in this file.</p>'
-        f"<nav>{links}</nav>{body}</body></html>\n"
-    )
+    note = f"Written by tinylab on {_utc(time.time())} UTC. Everything is in this file."
+    html = page_html(title or f"Report on {', '.join(run.name for run in found)}", note, sections)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,72 +52,69 @@ def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: st
     return out
 
 
-def _figure(figure: plots.LabFigure, caption: str) -> str:
-    return f"<figure>{figure_html(figure, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _summary(runs: list[Run], pandas: Any) -> str:
+def _summary(runs: list[Run]) -> str:
     """One row per run, and one sentence on what happened."""
     rows, sentences = [], []
     for run in runs:
-        records, config, state = run.metric_records(), run.config, run.status().get("state")
-        measured = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
-        bits = [r["bits_per_byte"] for r in records if r.get("bits_per_byte") is not None]
-        seconds = sum(r["step_time_s"] for r in records)
+        records, config = run.metric_records(), run.config
+        last = records[-1] if records else {"step": 0, "tokens": 0}
+        measured = [r for r in records if r.get("validation_loss") is not None]
+        newest = measured[-1] if measured else {}
         speeds = sorted(r["tokens_per_s"] for r in records[1:])
         rows.append(
             {
                 "run": run.name,
                 "preset": config.preset,
-                "state": state,
-                "steps": f"{records[-1]['step'] if records else 0:,} of {config.steps:,}",
-                "tokens": records[-1]["tokens"] if records else 0,
-                "training loss (nats)": records[-1]["loss"] if records else None,
-                "validation loss (nats)": measured[-1] if measured else None,
-                "bits per byte": bits[-1] if bits else None,
+                "state": run.status().get("state"),
+                "steps": f"{last['step']:,} of {config.steps:,}",
+                "tokens": last["tokens"],
+                "training loss (nats)": last.get("loss"),
+                "validation loss (nats)": newest.get("validation_loss"),
+                "bits per byte": newest.get("bits_per_byte"),
                 "tokens/s (median)": round(speeds[len(speeds) // 2]) if speeds else None,
-                "time in steps (s)": round(seconds),
+                "time in steps (s)": round(sum(r["step_time_s"] for r in records)),
                 "checkpoints": len(run.checkpoints()),
             }
         )
         if len(measured) > 1:
             sentences.append(
-                f"{run.name}: validation loss went from {measured[0]:.2f} to {measured[-1]:.2f} nats per token "
-                f"over {format_count(records[-1]['tokens'])} tokens."
+                f"{run.name}: validation loss went from {measured[0]['validation_loss']:.2f} to "
+                f"{newest['validation_loss']:.2f} nats per token over {format_count(last['tokens'])} tokens."
             )
-    return f"<p>{escape(' '.join(sentences))}</p>" + table_html(pandas.DataFrame(rows), "Runs")
+    return paragraph(" ".join(sentences)) + table_html(rows, "Runs")
 
 
 def _loss(runs: list[Run]) -> str:
     names = ", ".join(run.name for run in runs)
-    return _figure(plots.loss_curves(runs), f"Training and validation loss over tokens: {names}.") + _figure(
-        plots.validation_bits(runs), f"Bits per byte of held-out text over tokens: {names}."
+    return captioned(loss_curves(runs), f"Training and validation loss over tokens: {names}.") + captioned(
+        validation_bits(runs), f"Bits per byte of held-out text over tokens: {names}."
     )
 
 
 def _training(runs: list[Run]) -> str:
-    parts = [
-        _figure(plots.learning_rate(run.config), f"Learning rate over tokens, as {run.name} is configured.")
-        for run in runs
-    ]
-    parts.append(_figure(plots.gradient_norm(runs), "Gradient norm before clipping over tokens."))
-    parts.append(_figure(plots.throughput(runs), "Tokens per second and peak memory over tokens."))
-    return "".join(parts)
+    schedules = (
+        captioned(learning_rate(run.config), f"Learning rate over tokens, as {run.name} is configured.") for run in runs
+    )
+    return (
+        "".join(schedules)
+        + captioned(gradient_norm(runs), "Gradient norm before clipping over tokens.")
+        + captioned(throughput(runs), "Tokens per second and peak memory over tokens.")
+    )
 
 
 def _scores(run: Run) -> str:
-    """Trajectories of every task in the run's store beside the published ones, and the table of first and last."""
+    """Trajectories of every task in the run's store above the published ones, and a table of all measurements."""
     from tinylab.evaluation.published import published
     from tinylab.evaluation.records import Scores
 
     try:
         table = Scores(run.evaluations_path).table()
     except TinylabError as error:
-        return f'<h3>{escape(run.name)}</h3><p class="note">{escape(error)}</p>'
-    figure = plots.score_trajectories(table, published())
+        return paragraph(error, note=True)
     caption = f"Scores of {run.name} (top) and published scores of TinyLlama and Pythia-1.0B (below), over tokens."
     shown: Any = table[["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance", "baseline"]]
-    return f"<h3>{escape(run.name)}</h3>" + _figure(figure, caption) + table_html(shown, "Every measurement", digits=3)
+    figure = score_trajectories(table, published())
+    return captioned(figure, caption) + table_html(shown, "Every measurement", digits=3)
 
 
 def _comparison(run: Run) -> str:
@@ -145,73 +123,62 @@ def _comparison(run: Run) -> str:
 
     pair = scored_pair(run)
     if pair is None:
-        return f'<h3>{escape(run.name)}</h3><p class="note">Fewer than two checkpoints are scored.</p>'
+        return paragraph("Fewer than two checkpoints are scored.", note=True)
     try:
         scores = compare_scores(*pair)
     except TinylabError as error:
-        return f'<h3>{escape(run.name)}</h3><p class="note">{escape(error)}</p>'
+        return paragraph(error, note=True)
     a, b, table = scores.a["label"], scores.b["label"], scores.table()
     return (
-        f"<h3>{escape(a)} and {escape(b)}</h3>"
-        + _figure(
-            plots.score_differences(table, a, b),
-            f"Score of {b} minus score of {a}, per task, with 95% intervals.",
-        )
-        + _figure(plots.flips(table, a, b), f"Items that changed side from {a} to {b}, per task.")
+        captioned(score_differences(table, a, b), f"Score of {b} minus score of {a}, per task, with 95% intervals.")
+        + captioned(flips(table, a, b), f"Items that changed side from {a} to {b}, per task.")
         + table_html(table, "Paired comparison; difference, low and high are fractions", digits=3)
     )
 
 
-def _data(run: Run, pandas: Any) -> str:
+def _data(run: Run) -> str:
     """Mixture over the run, and what the prepared data hold according to their manifest."""
     from tinylab.data.trace import stored_shards
 
-    config = run.config
-    parts = [
-        f"<h3>{escape(run.name)}</h3>",
-        _figure(plots.mixture_of(config), f"Mixture of sources over tokens in {run.name}."),
-    ]
-    sources = pandas.DataFrame(
-        [{"source": s.name, "corpus": s.corpus, "limit (MB)": s.limit_mb} for s in config.data.sources]
+    sources = [{"source": s.name, "corpus": s.corpus, "limit (MB)": s.limit_mb} for s in run.config.data.sources]
+    planned = captioned(mixture_of(run.config), f"Mixture of sources over tokens in {run.name}.") + table_html(
+        sources, "Sources"
     )
-    parts.append(table_html(sources, "Sources"))
     try:
         manifest = stored_shards(run).manifest
     except TinylabError as error:
-        return "".join([*parts, f'<p class="note">{escape(error)}</p>'])
+        return planned + paragraph(error, note=True)
     rows = [
-        {"split": split, "source": source, "documents": e["documents"], "tokens": e["tokens"], "bytes": e["bytes"]}
+        {"split": split, "source": source, **{unit: entry[unit] for unit in ("documents", "tokens", "bytes")}}
         for split, entries in manifest["splits"].items()
-        for source, e in entries.items()
+        for source, entry in entries.items()
     ]
-    parts.append(table_html(pandas.DataFrame(rows), f"Prepared data, fingerprint {manifest['fingerprint'][:16]}…"))
-    parts.append(table_html(_pairs(manifest["tokenizer"], pandas), "Tokenizer"))
-    parts.append(table_html(_pairs(manifest.get("report", {}), pandas), "Report of the preparation"))
-    return "".join(parts)
+    return (
+        planned
+        + table_html(rows, f"Prepared data, fingerprint {manifest['fingerprint'][:16]}…")
+        + table_html(manifest["tokenizer"], "Tokenizer")
+        + table_html(manifest.get("report", {}), "Report of the preparation")
+    )
 
 
-def _provenance(run: Run, pandas: Any) -> str:
+def _provenance(run: Run) -> str:
     try:
-        provenance = json.loads(run.provenance_path.read_text(encoding="utf-8"))
+        provenance: dict[str, Any] = json.loads(run.provenance_path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         provenance = {"provenance.json": "missing or unreadable"}
-    lines = [
+    if "time" in provenance:
+        provenance = {"time (UTC)": _utc(provenance.pop("time"))} | provenance
+    events = [
         {
             "event": e.get("event"),
-            "time (UTC)": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(e.get("time", 0))),
+            "time (UTC)": _utc(e.get("time", 0)),
             "step": e.get("step"),
             "tokens": e.get("tokens"),
         }
         for e in run.journal()
     ]
-    return (
-        f"<h3>{escape(run.name)}</h3>"
-        + table_html(_pairs(provenance, pandas), "Provenance")
-        + (table_html(pandas.DataFrame(lines), "Journal") if lines else "")
-    )
+    return table_html(provenance, "Provenance") + (table_html(events, "Journal") if events else "")
 
 
-def _pairs(values: dict[str, Any], pandas: Any) -> Any:
-    """A dictionary as a two-column table; nested values as JSON."""
-    texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values.values()]
-    return pandas.DataFrame({"key": list(values), "value": texts})
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))

@@ -136,9 +136,9 @@ def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
 
     found = audit_series(refs, progress=lambda line: print(line, file=sys.stderr))
     if figure is not None:
-        from tinylab import plots
+        from tinylab.plots.model import series_audit
 
-        write_atomic(figure.expanduser().absolute(), plots.series_audit(found).png())
+        write_atomic(figure.expanduser().absolute(), series_audit(found).png())
     document = {"ok": found.ok, "rows": found.table, "problems": [dataclasses.asdict(p) for p in found.problems]}
     document |= {"compared": found.compared, "distance": found.distance.tolist()}
     shown = [{**row, "hash": row["hash"] and row["hash"][:12]} for row in found.table]

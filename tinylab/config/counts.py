@@ -1,4 +1,4 @@
-"""Counts as people write and read them: `200K`, `1.5B`, `3T`, `3.2 MB` (powers of 1,000)."""
+"""Counts, sizes and durations as people write and read them: `200K`, `1.5B`, `3.2 MB`, `7 min` (powers of 1,000)."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """`42 s`, `7 min`, `3.5 h`, `12 days`."""
+    for least, size, unit in ((172_800, 86_400, "days"), (5_400, 3_600, "h"), (90, 60, "min")):
+        if seconds >= least:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,1 +1,1 @@
-"""The only place that writes HTML: escaping, tables, figures, coloured text, the report's parts."""
+"""The only place that writes HTML: escaping, tables, coloured text, parts of a view, the page of a report."""

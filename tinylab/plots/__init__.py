@@ -6,8 +6,6 @@ fixed order.
 
 from __future__ import annotations
 
-from tinylab.html.escape import escape, table_html
-from tinylab.html.spans import token_loss_html
 from tinylab.plots.comparison import flips, position_loss, score_differences, token_delta
 from tinylab.plots.corpus import document_lengths, mixture_of, token_frequencies
 from tinylab.plots.model import series_audit, shares
@@ -18,7 +16,6 @@ from tinylab.plots.training import gradient_norm, learning_rate, loss_curves, th
 __all__ = [
     "LabFigure",
     "document_lengths",
-    "escape",
     "flips",
     "gradient_norm",
     "learning_rate",
@@ -29,10 +26,8 @@ __all__ = [
     "score_trajectories",
     "series_audit",
     "shares",
-    "table_html",
     "throughput",
     "token_delta",
     "token_frequencies",
-    "token_loss_html",
     "validation_bits",
 ]

@@ -10,8 +10,11 @@ from typing import Any
 
 import ipywidgets
 
-from tinylab.html.parts import Html, bundle, error_html
+from tinylab.catalog.reference import Reference, resolve_reference, run_references
+from tinylab.config.counts import format_count
+from tinylab.html import parts
 from tinylab.runs.folder import Run
+from tinylab.widgets.show import Html, bundle
 from tinylab.widgets.view import ComparisonView, Loaded, compare_view, load
 
 _WIDE = {"description_width": "13em"}
@@ -75,9 +78,7 @@ class CompareCheckpoints:
             self._thread.join(timeout_s)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        twin = self.static()
-        live = None if os.environ.get("TINYLAB_EXECUTOR") else self.form
-        return bundle(live, twin.html, repr(twin))
+        return bundle(None if os.environ.get("TINYLAB_EXECUTOR") else self.form, self.static())
 
     def _start(self, _: Any = None) -> None:
         """Answer the button at once; the work is a thread's, because models load slowly."""
@@ -110,7 +111,7 @@ class CompareCheckpoints:
             self.state.value = f"done: {self.view.b} against {self.view.a}"
         except Exception as error:
             self.view = None
-            self.result.value = error_html(error, "The comparison")
+            self.result.value = parts.error(error, "The comparison")
             self.state.value = "failed: see below"
         finally:
             self.button.disabled = False
@@ -128,8 +129,6 @@ def _control(kind: Any, description: str, value: Any, *, layout: dict[str, str] 
 
 def _choices(a: str, b: str) -> list[tuple[str, str]]:
     """(label, REF) for A, B and every checkpoint of their runs, each REF once."""
-    from tinylab.catalog.reference import resolve_reference, run_references
-
     given = {ref: resolve_reference(ref) for ref in (a, b)}
     found = {str(r.path): ref for ref, r in given.items()}
     choices = []
@@ -141,8 +140,6 @@ def _choices(a: str, b: str) -> list[tuple[str, str]]:
     return choices + others + [(f"{_label(given[ref])} ", ref) for ref in (a, b) if ref not in known]
 
 
-def _label(reference: Any) -> str:
-    from tinylab.config.counts import format_count
-
+def _label(reference: Reference) -> str:
     tokens = f", {format_count(reference.tokens)} tokens" if reference.tokens is not None else ""
     return f"{reference.label}{tokens}"

@@ -8,12 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tinylab.config.counts import format_count
-from tinylab.html.escape import table_html
-from tinylab.html.parts import Html, error_html, figure_html
+from tinylab.config.counts import format_count, format_duration
+from tinylab.html import parts
+from tinylab.html.tables import table_html
 from tinylab.plots.training import loss_curves
 from tinylab.runs.durable import read_lines
 from tinylab.runs.folder import Run
+from tinylab.widgets.show import Html
 
 REST = 15.0
 """The view rests this many times as long as an update took, so that it costs a trainer beside it little."""
@@ -75,7 +76,7 @@ class Monitor:
             rows["speed"] = f"{speed:,.0f} tokens/s (median of the last {len(recent)} steps)"
             left = config.tokens - last["tokens"]
             if left > 0 and status["state"] == "running":
-                rows["time left"] = f"about {_duration(left / speed)}"
+                rows["time left"] = f"about {format_duration(left / speed)}"
         rows["MFU"] = "n/a (peak of this device unknown)" if last.get("mfu") is None else f"{last['mfu']:.1%}"
         if last.get("peak_memory_gib") is not None:
             rows["peak memory"] = f"{last['peak_memory_gib']:.2f} GiB"
@@ -86,22 +87,19 @@ class Monitor:
         """Table and loss curve as they are now, as HTML with the figure in it."""
         import pandas
 
-        rows = self.summary()
-        table = pandas.DataFrame({"": list(rows), "value": list(rows.values())})
-        parts = [table_html(table, f"Run {self.run.name}")]
-        records = self.read()
+        rows, records = self.summary(), self.read()
+        html = table_html(rows, f"Run {self.run.name}")
         if len(records) > 1:
             figure = loss_curves([(self.run.name, pandas.DataFrame(records))])
-            parts.append(figure_html(figure, f"Loss of run {self.run.name} over tokens"))
-        text = "; ".join(f"{k}: {v}" for k, v in rows.items())
-        return Html("".join(f"<div>{part}</div>" for part in parts), text)
+            html += parts.picture(figure, f"Loss of run {self.run.name} over tokens")
+        return Html(html, "; ".join(f"{k}: {v}" for k, v in rows.items()))
 
     def show(self) -> None:
         """Draw once, or replace what was drawn."""
         try:
             view = self.static()
         except Exception as error:
-            view = Html(error_html(error, f"Reading {self.run.path}"), str(error))
+            view = Html(parts.error(error, f"Reading {self.run.path}"), str(error))
         if self._handle is None:
             from IPython.display import display
 
@@ -160,12 +158,3 @@ def _state(status: dict[str, Any], run: Run) -> str:
     }
     state = str(status.get("state", "none"))
     return f"{words.get(state, state)} ({run.path.name})" if state != "running" else f"running, pid {status.get('pid')}"
-
-
-def _duration(seconds: float) -> str:
-    """`42 s`, `7 min`, `3.5 h`, `12 days`."""
-    for limit, unit in ((86400 * 2, "days"), (3600 * 1.5, "h"), (90, "min")):
-        if seconds >= limit:
-            size = {"days": 86400, "h": 3600, "min": 60}[unit]
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.0f} s"

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tinylab import plots
 from tinylab.catalog.reference import Reference, load_model, load_tokenizer, resolve_reference
 from tinylab.config.counts import format_count
 from tinylab.errors import TinylabError
 from tinylab.evaluation.paired import Comparison
-from tinylab.html.escape import escape, table_html
-from tinylab.html.parts import Html, figure_html
+from tinylab.html import parts
+from tinylab.html.tables import table_html
+from tinylab.html.token_losses import token_loss_html
+from tinylab.plots.comparison import flips as draw_flips
+from tinylab.plots.comparison import position_loss, score_differences, token_delta
+from tinylab.plots.style import LabFigure
 from tinylab.runs.folder import Run
+from tinylab.widgets.show import Html
 
 if TYPE_CHECKING:
     import pandas
@@ -53,35 +57,33 @@ class ComparisonView:
     flips: pandas.DataFrame
     """Items that changed side, largest change of margin first."""
     notes: tuple[str, ...] = ()
-    figures: dict[str, plots.LabFigure] = field(default_factory=dict)
+    figures: dict[str, LabFigure] = field(default_factory=dict)
     """`tokens`, `position`, `differences`, `flips`."""
 
     @property
     def tokens_html(self) -> Html:
         """The text with each token shaded by B − A."""
-        return Html(plots.token_loss_html(self.tokens, self.a, self.b), f"{len(self.tokens)} tokens")
+        return Html(token_loss_html(self.tokens, self.a, self.b), f"{len(self.tokens)} tokens")
 
     @property
     def html(self) -> str:
         """All of it in one piece, readable offline."""
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        parts = [
-            table_html(self.identity, "A and B"),
-            f"<ul>{notes}</ul>" if notes else "",
-            "<h4>Loss by token</h4>",
-            self.tokens_html.html,
-            figure_html(self.figures["tokens"], "Loss of B minus loss of A at every token of the text"),
-            figure_html(self.figures["position"], "Mean loss of A and B by position in the text"),
-            "<h4>Continuations</h4>",
-            table_html(self.generations),
-            "<h4>Scores on the same items</h4>",
-            figure_html(self.figures["differences"], "Score of B minus score of A per task, with 95% intervals"),
-            figure_html(self.figures["flips"], "Items that changed side from A to B per task"),
-            table_html(self.flips.head(12), "Items that flipped, largest change of margin first", digits=3),
-        ]
-        # As wide as its place and no wider: a table may scroll, but must not stretch the form around it.
-        frame = "width:0;min-width:100%;overflow-x:auto;line-height:1.35"
-        return f'<div style="{frame}">{"".join(parts)}</div>'
+        return parts.framed(
+            [
+                table_html(self.identity, "A and B"),
+                parts.bullets(self.notes),
+                parts.heading("Loss by token", 4),
+                self.tokens_html.html,
+                parts.picture(self.figures["tokens"], "Loss of B minus loss of A at every token of the text"),
+                parts.picture(self.figures["position"], "Mean loss of A and B by position in the text"),
+                parts.heading("Continuations", 4),
+                table_html(self.generations),
+                parts.heading("Scores on the same items", 4),
+                parts.picture(self.figures["differences"], "Score of B minus score of A per task, with 95% intervals"),
+                parts.picture(self.figures["flips"], "Items that changed side from A to B per task"),
+                table_html(self.flips.head(12), "Items that flipped, largest change of margin first", digits=3),
+            ]
+        )
 
     def _repr_html_(self) -> str:
         return self.html
@@ -140,10 +142,10 @@ def compare_view(
     labels = first.reference.label, second.reference.label
     scores, flips = _score_tables(comparison)
     figures = {
-        "tokens": plots.token_delta(tokens, *labels),
-        "position": plots.position_loss(tokens, *labels),
-        "differences": plots.score_differences(scores, *labels),
-        "flips": plots.flips(scores, *labels),
+        "tokens": token_delta(tokens, *labels),
+        "position": position_loss(tokens, *labels),
+        "differences": score_differences(scores, *labels),
+        "flips": draw_flips(scores, *labels),
     }
     return ComparisonView(
         *labels, _identity(first, second, comparison), tokens, generations, scores, flips, tuple(notes), figures

@@ -1,31 +1,36 @@
-"""Per-token losses as coloured text: static HTML, readable offline, escaped, with its numbers in a table beside it."""
+"""Loss by token as coloured text: static, escaped, with its numbers in tooltips and tables."""
 
 from __future__ import annotations
 
-from tinylab.html.escape import escape, table_html
-from tinylab.plots.style import Table
+from typing import Any
+
+from tinylab.html.escape import escape
+from tinylab.html.tables import table_html
 
 BETTER, WORSE = (0, 114, 178), (213, 94, 0)
+"""Blue and vermillion of Okabe-Ito, as in the figures."""
+TOP = 8
+"""Tokens in each table."""
 
 
-def token_loss_html(table: Table, a: str = "A", b: str = "B", limit: float | None = None, top: int = 8) -> str:
+def token_loss_html(table: Any, a: str = "A", b: str = "B") -> str:
     """The text, each token shaded by loss B − loss A: blue where B is better, vermillion where worse, white at 0.
 
-    `table` has one row per predicted token: `position`, `text`, `loss_a`, `loss_b`, `delta` (nats). `limit` is the
-    difference of full colour (default: the 95th percentile). The `top` gained and lost tokens follow as a table,
-    and every token's numbers stand in its tooltip, so nothing is said by colour alone.
+    `table` is a DataFrame with one row per predicted token: `position`, `text`, `loss_a`, `loss_b`, `delta` (nats).
+    The colour is full at the 95th percentile of the differences. Two tables name the most gained and lost tokens, and
+    every token has its numbers in its tooltip, so that colour alone says nothing.
     """
     if not len(table):
         return "<p>The text has no token to predict.</p>"
-    scale = limit or max(float(table["delta"].abs().quantile(0.95)), 1e-6)
+    scale = max(float(table["delta"].abs().quantile(0.95)), 1e-6)
     spans = [
         _span(text, la, lb, delta, scale)
         for text, la, lb, delta in table[["text", "loss_a", "loss_b", "delta"]].itertuples(index=False, name=None)
     ]
     mean = float(table["delta"].mean())
     verdict = "better" if mean < 0 else "worse" if mean > 0 else "the same"
-    named = table.sort_values("delta")
-    gained, lost = named[named["delta"] < 0].head(top), named[named["delta"] > 0].tail(top)[::-1]
+    ordered = table.sort_values("delta")
+    gained, lost = ordered[ordered["delta"] < 0].head(TOP), ordered[ordered["delta"] > 0].tail(TOP)[::-1]
     legend = (
         f"{_swatch(-1)} {escape(b)} better by {scale:.2f} nats or more &nbsp; {_swatch(0)} equal &nbsp; "
         f"{_swatch(1)} {escape(b)} worse by {scale:.2f} nats or more"
@@ -44,8 +49,8 @@ def token_loss_html(table: Table, a: str = "A", b: str = "B", limit: float | Non
 
 def _span(text: str, loss_a: float, loss_b: float, delta: float, scale: float) -> str:
     title = f"A {loss_a:.2f}, B {loss_b:.2f}, B - A {delta:+.2f} nats"
-    newline = "\n" if str(text).endswith("\n") else ""
-    shown = escape(str(text).replace("\n", "⏎")) + newline
+    newline = "\n" if text.endswith("\n") else ""
+    shown = escape(text.replace("\n", "⏎")) + newline
     return f'<span style="background:{_color(delta / scale)}" title="{title}">{shown}</span>'
 
 
@@ -60,10 +65,8 @@ def _swatch(share: float) -> str:
     return f'<span style="background:{_color(share)};border:1px solid #999;padding:0 0.7em"></span>'
 
 
-def _top(rows: Table, caption: str) -> str:
-    if not len(rows):
-        return ""
-    shown = rows[["position", "text", "loss_a", "loss_b", "delta"]].copy()
-    shown["text"] = [repr(str(t)) for t in shown["text"]]
+def _top(rows: Any, caption: str) -> str:
+    """The table of the tokens of `rows`; nothing for no rows."""
+    shown = rows[["position", "text", "loss_a", "loss_b", "delta"]].assign(text=[repr(t) for t in rows["text"]])
     shown.columns = ["position", "token", "A (nats)", "B (nats)", "B - A (nats)"]
-    return table_html(shown, caption, digits=3)
+    return table_html(shown, caption, digits=3) if len(rows) else ""
