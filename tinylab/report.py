@@ -119,7 +119,7 @@ def _scores(run: Run) -> str:
 
 def _comparison(run: Run) -> str:
     """The middle and the last scored checkpoint of the run, item by item."""
-    from tinylab.widgets.view import compare_scores, scored_pair
+    from tinylab.analysis.pair import compare_scores, scored_pair
 
     pair = scored_pair(run)
     if pair is None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tinylab.widgets.compare import CompareCheckpoints
+from tinylab.widgets.comparison import ComparisonView, compare_view
+from tinylab.widgets.comparison_form import CompareCheckpoints
 from tinylab.widgets.monitor import Monitor
 from tinylab.widgets.show import Html, show_table
-from tinylab.widgets.view import ComparisonView, compare_view
 
 __all__ = ["CompareCheckpoints", "ComparisonView", "Html", "Monitor", "compare_view", "show_table"]

@@ -10,12 +10,13 @@ from typing import Any
 
 import ipywidgets
 
+from tinylab.analysis.pair import LoadedModel, load
 from tinylab.catalog.reference import Reference, resolve_reference, run_references
 from tinylab.config.counts import format_count
 from tinylab.html import parts
 from tinylab.runs.folder import Run
+from tinylab.widgets.comparison import ComparisonView, compare_view
 from tinylab.widgets.show import Html, bundle
-from tinylab.widgets.view import ComparisonView, Loaded, compare_view, load
 
 _WIDE = {"description_width": "13em"}
 _LINE = {"width": "34em"}
@@ -44,7 +45,7 @@ class CompareCheckpoints:
     ) -> None:
         self.device = device
         self.view = view
-        self._models: dict[str, Loaded] = {}
+        self._models: dict[str, LoadedModel] = {}
         self._thread: threading.Thread | None = None
         choices = _choices(a, b)
         self.a = _control(ipywidgets.Dropdown, "A (earlier)", a, options=choices)
@@ -116,7 +117,7 @@ class CompareCheckpoints:
         finally:
             self.button.disabled = False
 
-    def _load(self, ref: str) -> Loaded:
+    def _load(self, ref: str) -> LoadedModel:
         """The model of REF, loaded once; the two newest stay in memory."""
         if ref not in self._models:
             self._models = dict(list(self._models.items())[-1:]) | {ref: load(ref, self.device)}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tinylab.analysis.pair import compare_scores, load, scored_pair
 from tinylab.analysis.token_losses import compare_tokens
 from tinylab.runs.folder import Run
 from tinylab.widgets import compare_view
-from tinylab.widgets.view import compare_scores, load, scored_pair
 
 TEXT = "Return a new list <b>containing</b> all items from the iterable, in $ascending$ order: über 你好."
 
