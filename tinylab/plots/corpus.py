@@ -16,7 +16,7 @@ from tinylab.plots.style import (
     empty,
     label_ends,
     mark_stages,
-    new_figure,
+    new_plot,
     token_axis,
 )
 
@@ -28,34 +28,21 @@ def mixture_of(run: Any) -> LabFigure:
     """
     config = getattr(run, "config", run)
     x, shares = mixture_points(config)
-    figure, axes = new_figure(
+    figure, ax = new_plot(
         "Mixture of the training data",
         height=3.4,
         caption="Share of samples by source, as the configuration prescribes it; ramps are linear.",
     )
-    ax = axes[0, 0]
-    ax.stackplot(
-        x,
-        *[[100 * s for s in values] for values in shares.values()],
-        colors=AREAS[: len(shares)],
-        alpha=0.85,
-        linewidth=0,
-    )
+    ax.stackplot(x, 100 * np.array(list(shares.values())), colors=AREAS[: len(shares)], alpha=0.85, linewidth=0)
     ax.set_ylim(0, 100)
     ax.set_xlim(0, x[-1])
     ax.set_ylabel("share of samples (%)")
     token_axis(ax)
     mark_stages(ax, config)
     bottom, ends = 0.0, []
-    for i, (name, values) in enumerate(shares.items()):
-        ends.append(
-            (
-                x[-1],
-                bottom + 50 * values[-1],
-                f"{name} {values[-1]:.0%}",
-                "#9A6A00" if AREAS[i % 8] == "#E69F00" else AREAS[i % 8],
-            )
-        )
+    for name, values, color in zip(shares, shares.values(), AREAS * len(shares), strict=False):
+        readable = "#9A6A00" if color == "#E69F00" else color
+        ends.append((bottom + 50 * values[-1], f"{name} {values[-1]:.0%}", readable))
         bottom += 100 * values[-1]
     label_ends(ax, ends)
     return figure
@@ -83,27 +70,25 @@ def mixture_points(config: Any) -> tuple[list[int], dict[str, list[float]]]:
 
 def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:
     """Histogram of document lengths in tokens, by source, on a log scale; medians marked."""
-    figure, axes = new_figure(
+    figure, ax = new_plot(
         "Length of documents",
         height=3.4,
         caption="Share of each source's documents; log scale. Vertical lines: medians.",
     )
-    ax, top = axes[0, 0], 0.0
+    top = 0.0
     known = {name: np.asarray(values, dtype=float) for name, values in lengths.items() if len(values)}
     if not known:
-        empty(ax, "no documents")
-        return figure
-    largest = max(float(v.max()) for v in known.values())
-    bins = np.geomspace(1, max(largest, 2) * 1.05, 40)
+        return empty(figure, "no documents")
+    bins = np.geomspace(1, 1.05 * max(2.0, *(float(v.max()) for v in known.values())), 40)
     for i, (name, values) in enumerate(known.items()):
         counts, _ = np.histogram(np.maximum(values, 1), bins=bins)
         shares = 100 * counts / len(values)
-        ax.stairs(shares, bins, color=COLORS[i % 4], fill=True, alpha=0.18)
-        ax.stairs(shares, bins, color=COLORS[i % 4], linewidth=1.8, linestyle=DASHES[i % 4])
-        middle = float(np.median(values))
-        ax.axvline(middle, color=COLORS[i % 4], linewidth=1.2, linestyle=":")
+        middle, color = float(np.median(values)), COLORS[i % 4]
+        ax.stairs(shares, bins, color=color, fill=True, alpha=0.18)
+        ax.stairs(shares, bins, color=color, linewidth=1.8, linestyle=DASHES[i % 4])
+        ax.axvline(middle, color=color, linewidth=1.2, linestyle=":")
         ax.text(0.99, 0.97 - 0.09 * i, f"{name}: {len(values):,} documents, median {middle:,.0f} tokens",
-                color=COLORS[i % 4], transform=ax.transAxes, ha="right", va="top", fontsize=9, parse_math=False,
+                color=color, transform=ax.transAxes, ha="right", va="top", fontsize=9, parse_math=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
         top = max(top, float(shares.max()))
     ax.set_xscale("log")
@@ -116,32 +101,30 @@ def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:
 def token_frequencies(counts: Mapping[str, Sequence[int]]) -> LabFigure:
     """Frequency of vocabulary entries by rank, by source, both axes log; the line of slope −1 is Zipf's.
 
-    `counts` gives, for each source, the number of times each id occurs.
+    `counts` holds, for each source, the number of times that each id occurs.
     """
-    figure, axes = new_figure(
+    figure, ax = new_plot(
         "Frequency of tokens by rank",
         height=3.6,
         caption="Share of all tokens; both scales are log. Grey: slope −1 (Zipf).",
     )
-    ax, ends = axes[0, 0], []
+    ends = []
     for i, (name, values) in enumerate(counts.items()):
         ordered = np.sort(np.asarray(values, dtype=float))[::-1]
         used = ordered[ordered > 0]
         if not len(used):
             continue
         share = used / used.sum()
-        ranks = np.arange(1, len(used) + 1)
-        ax.plot(ranks, share, color=COLORS[i % 4], linestyle=DASHES[i % 4], linewidth=1.8)
-        ends.append((ranks[-1], share[-1], f"{name}: {len(used):,} of {len(ordered):,} ids used", COLORS[i % 4]))
+        ax.plot(np.arange(1, len(used) + 1), share, color=COLORS[i % 4], linestyle=DASHES[i % 4], linewidth=1.8)
+        ends.append((share[-1], f"{name}: {len(used):,} of {len(ordered):,} ids used", COLORS[i % 4]))
     if not ends:
-        empty(ax, "no tokens")
-        return figure
+        return empty(figure, "no tokens")
     limits = ax.get_ylim()
     ax.set_xscale("log")
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    x = np.array(ax.get_xlim())
-    ax.plot(x, high / 3 / x, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    x = ax.get_xlim()
+    ax.plot(x, [high / 3 / rank for rank in x], color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     ax.set_xlim(x)
     ax.set_ylim(low, min(high, 10 * limits[1]))
     ax.set_xlabel("rank of the id (log scale)")

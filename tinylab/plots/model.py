@@ -7,21 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from tinylab.config.counts import format_count
-from tinylab.plots.style import AREAS, COLORS, FAINT, LabFigure, empty, new_figure
+from tinylab.config.counts import format_bytes, format_count
+from tinylab.plots.style import AREAS, COLORS, LabFigure, empty, new_figure, new_plot, write_behind
 
 
 def shares(parts: Mapping[str, Mapping[str, int]], title: str, unit: str = "parameters") -> LabFigure:
-    """One stacked bar a model: the parts of its total, as shares, each total written behind its bar.
+    """One stacked bar per model: the parts of its total, as shares, with the total behind the bar.
 
-    `parts` gives, for each name, its parts in `unit` (counts or bytes; a key `total` is left out of the bar).
+    `parts` holds, for each name, its parts in `unit` (counts or bytes; a key `total` is left out of the bar).
     """
-    figure, axes = new_figure(title, height=1.5 + 0.55 * max(len(parts), 1), caption=f"Shares of all {unit}.")
-    ax = axes[0, 0]
+    figure, ax = new_plot(title, height=1.5 + 0.55 * max(len(parts), 1), caption=f"Shares of all {unit}.")
     names = list(dict.fromkeys(k for row in parts.values() for k in row if k != "total"))
     if not names:
-        empty(ax, "no parts")
-        return figure
+        return empty(figure, "no parts")
     left = np.zeros(len(parts))
     totals = np.array([sum(v for k, v in row.items() if k != "total") for row in parts.values()], dtype=float)
     for i, name in enumerate(names):
@@ -31,8 +29,8 @@ def shares(parts: Mapping[str, Mapping[str, int]], title: str, unit: str = "para
         ax.bar_label(bars, texts, label_type="center", fontsize=8, color="white" if i % 8 in (0, 2, 5) else "black")
         left += width
     for row, total in enumerate(totals):
-        ax.annotate(_total(total, unit), (100, row), xytext=(6, 0), textcoords="offset points",
-                    va="center", fontsize=9, color=FAINT, annotation_clip=False)  # fmt: skip
+        text = format_bytes(total) if unit == "bytes" else f"{format_count(total)} {unit}"
+        write_behind(ax, row, text, fontsize=9)
     ax.set_xlim(0, 100)
     ax.set_ylim(len(parts) - 0.5, -0.5)
     ax.set_xlabel("share (%)")
@@ -42,20 +40,10 @@ def shares(parts: Mapping[str, Mapping[str, int]], title: str, unit: str = "para
     return figure
 
 
-def _total(value: float, unit: str) -> str:
-    """`1.1B parameters`, or `51.6 GB` (10^9) where the unit is bytes."""
-    if unit != "bytes":
-        return f"{format_count(value)} {unit}"
-    for limit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if value >= limit:
-            return f"{value / limit:.3g} {name}"
-    return f"{value:.0f} bytes"
-
-
 def series_audit(audit: Any) -> LabFigure:
     """Distances between all checkpoints of a series, and the change from each to the next; suspects are marked.
 
-    `audit` is a checkpoint.audit.SeriesAudit. Along an honest path a square's distance grows away from the diagonal:
+    `audit` is a SeriesAudit (analysis/series_audit.py). In an honest series the distance grows away from the diagonal:
     a duplicate is a zero off it, a swapped or foreign checkpoint a row that does not fit its neighbours.
     """
     labels, distance = list(audit.compared), np.asarray(audit.distance, dtype=float)
@@ -70,9 +58,7 @@ def series_audit(audit: Any) -> LabFigure:
     )
     square, line = axes[0]
     if len(labels) < 2:
-        empty(square, "fewer than two comparable checkpoints")
-        empty(line, "")
-        return figure
+        return empty(figure, "fewer than two comparable checkpoints")
     suspects = {label for problem in audit.problems for label in problem.labels}
     image = square.imshow(distance, cmap="Blues", vmin=0)
     figure.colorbar(image, ax=square, shrink=0.8, label="relative distance")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from tinylab.errors import ConfigError
 from tinylab.plots.style import (
@@ -31,6 +32,9 @@ SHORT = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
 }
+"""Published tasks in the order of their panels, as they are written there."""
+FAMILIES = {"v1.0": "TinyLlama v1.0", "v1.1": "TinyLlama v1.1", "pythia": "Pythia-1.0B"}
+REFERENCES = {"tinyllama": tuple(FAMILIES.values()), "pythia": (FAMILIES["pythia"],)}
 COLUMNS = 4
 
 
@@ -57,29 +61,23 @@ def score_trajectories(scores: Table | None, published: Table | None = None, ref
         width={1: 5.2, 2: 7.6}.get(columns, 10.0),
         height=(0.9 if tasks or not own else 1.3) + 2.35 * rows,
         caption="Bars: 95% interval over the draw of items (Wilson; normal for the mean). Dotted: chance; "
-        "dash-dotted: a rule without a model (most words shared, or always the frequent answer). "
-        "Panels have scales of their own.",
+        "dash-dotted: a rule without a model (most words shared, or always the most frequent answer). "
+        "Each panel has its own scale.",
     )
-    for i, task in enumerate(own):
-        _own_panel(axes[i // columns, i % columns], table[table["task"] == task], task)
-    for i, task in enumerate(tasks):
-        ax = axes[own_rows + i // columns, i % columns]
-        rows_of_task = shown[shown["task"] == task]
-        for j, (family, group) in enumerate(rows_of_task.groupby("family", sort=False)):
+    if not own and not tasks:
+        return empty(figure, "no scores yet")
+    panels, published_panels = list(axes[:own_rows].flat), list(axes[own_rows:].flat)
+    for ax, task in zip(panels, own, strict=False):
+        _own_panel(ax, table[table["task"] == task], task)
+    for ax, task in zip(published_panels, tasks, strict=False):
+        for j, (family, group) in enumerate(shown[shown["task"] == task].groupby("family", sort=False)):
             _panel(ax, group, SHORT[task], str(family), 1 + list(FAMILIES.values()).index(str(family)), first=j == 0)
-    used = {(i // columns, i % columns) for i in range(len(own))}
-    used |= {(own_rows + i // columns, i % columns) for i in range(len(tasks))}
-    for place in np.ndindex(axes.shape):
-        panel: Any = axes[place]
-        panel.set_visible(place in used or not used)
-    if not used:
-        empty(axes[0, 0], "no scores yet")
-    _share_legend(figure, axes, own_rows, bool(tasks))
+    free = published_panels[len(tasks) :]
+    for ax in (*panels[len(own) :], *free):
+        ax.set_visible(False)
+    if tasks:
+        _legend(figure, published_panels[0], free)
     return figure
-
-
-FAMILIES = {"v1.0": "TinyLlama v1.0", "v1.1": "TinyLlama v1.1", "pythia": "Pythia-1.0B"}
-REFERENCES = {"tinyllama": tuple(FAMILIES.values()), "pythia": (FAMILIES["pythia"],)}
 
 
 def _published_rows(published: Table | None, reference: str) -> Any:
@@ -109,7 +107,7 @@ def _own_panel(ax: Any, rows: Table, task: str) -> None:
             name += f", {group['profile'].iloc[0]}"
         _panel(ax, group, f"this run: {task}", name, j % 4, first=j == 0)
     at = rows["tokens"].dropna()
-    if len(at) and 0 < 50 * at.min() < at.max():  # the early checkpoints of a run stand at powers of two
+    if len(at) and 0 < 50 * at.min() < at.max():  # early checkpoints are at powers of two
         ax.set_xscale("log")
         token_axis(ax, "training tokens (log scale)")
     if len(series) > 1:
@@ -133,26 +131,22 @@ def _panel(ax: Any, rows: Table, title: str, name: str, look: int, *, first: boo
             ax.axhline(100 * float(level), color=FAINT, linewidth=1.1, linestyle=dash)
     metric = rows["metric"].iloc[0] if "metric" in rows else "accuracy"
     ax.set_title(title.replace("_", " "), fontsize=9.5, color=INK, loc="left")
-    ax.set_ylabel(
-        f"{'acc. by mutual info' if metric == 'acc_mutual_info' else metric.replace('_', ' ')} (%)", fontsize=8.5
-    )
+    metric = "acc. by mutual info" if metric == "acc_mutual_info" else metric.replace("_", " ")
+    ax.set_ylabel(f"{metric} (%)", fontsize=8.5)
     ax.margins(x=0.08)
     token_axis(ax)
     ax.xaxis.get_major_locator().set_params(nbins=4)
     ax.xaxis.label.set_size(8.5)
 
 
-def _share_legend(figure: LabFigure, axes: Any, own_rows: int, has_published: bool) -> None:
-    """Names of the published series once, in the last free panel or in the first panel."""
-    if not has_published:
-        return
-    panel = axes[own_rows, 0]
+def _legend(figure: LabFigure, panel: Axes, free: list[Axes]) -> None:
+    """Names of the published series, once: in the first free panel, or above all panels."""
     handles, labels = panel.get_legend_handles_labels()
-    free = [ax for ax in axes[own_rows:].flat if not ax.get_visible()]
     if free:
-        ax = free[0]
-        ax.set_visible(True)
-        ax.axis("off")
-        ax.legend(handles, labels, loc="center left", frameon=False, fontsize=9, title="published", alignment="left")
+        free[0].set_visible(True)
+        free[0].axis("off")
+        free[0].legend(
+            handles, labels, loc="center left", frameon=False, fontsize=9, title="published", alignment="left"
+        )
     else:
         figure.legend(handles, labels, loc="upper right", frameon=False, fontsize=8.5, ncols=3)

@@ -68,6 +68,12 @@ def new_figure(
     return figure, axes
 
 
+def new_plot(title: str, *, width: float = 7.6, height: float = 4.0, caption: str = "") -> tuple[LabFigure, Axes]:
+    """A figure of one plot."""
+    figure, axes = new_figure(title, width=width, height=height, caption=caption)
+    return figure, axes[0, 0]
+
+
 def style_axes(ax: Axes) -> None:
     """Open frame, faint grid, ticks in grey."""
     ax.spines[["top", "right"]].set_visible(False)
@@ -87,34 +93,31 @@ def token_axis(ax: Axes, label: str = "training tokens") -> None:
     ax.set_xlabel(label)
 
 
-def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], lines: int = 1) -> None:
-    """Text behind the last point of each series (x, y, text of `lines` lines, colour), apart where it would overlap.
+def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]], lines: int = 1) -> None:
+    """Text behind the end of each series (y, text of `lines` lines, colour), moved apart where it would overlap.
 
     Call it after the limits are final.
     """
     gap = 0.185 * lines / max(ax.get_figure().get_figheight() - 1.3, 1.0)  # type: ignore[union-attr]
-    low, high = ax.get_ylim()
-    to_share, to_value = _log_share(low, high) if ax.get_yscale() == "log" else _linear_share(low, high)
-    ordered = sorted(ends, key=lambda end: to_share(end[1]))
+    ax.get_ylim()  # brings the limits up to date
+    to_axes = ax.transScale + ax.transLimits
+    ordered = sorted((float(to_axes.transform((1.0, y))[1]), text, color) for y, text, color in ends)
     places: list[float] = []
-    for end in ordered:
-        places.append(max(to_share(end[1]), places[-1] + gap) if places else to_share(end[1]))
+    for share, _, _ in ordered:
+        places.append(max(share, places[-1] + gap) if places else share)
     over = max(0.0, places[-1] - 1.0) if places else 0.0
-    right = ax.get_xlim()[1]
-    for (_, _, text, color), place in zip(ordered, places, strict=True):
-        ax.annotate(
-            text, (right, to_value(place - over)), xytext=(5, 0), textcoords="offset points", va="center", color=color,
-            fontsize=9, annotation_clip=False, parse_math=False,
-        )  # fmt: skip
+    for (_, text, color), place in zip(ordered, places, strict=True):
+        write_behind(ax, place - over, text, color, fontsize=9, coordinates="axes fraction")
 
 
-def _linear_share(low: float, high: float) -> tuple[Any, Any]:
-    return (lambda y: (y - low) / (high - low)), (lambda s: low + s * (high - low))
-
-
-def _log_share(low: float, high: float) -> tuple[Any, Any]:
-    a, b = np.log(low), np.log(high)
-    return (lambda y: (np.log(y) - a) / (b - a)), (lambda s: float(np.exp(a + s * (b - a))))
+def write_behind(
+    ax: Axes, y: float, text: str, color: str = FAINT, *, fontsize: float = 8.5, coordinates: str = "data"
+) -> None:
+    """Text to the right of the axes at height y."""
+    ax.annotate(
+        text, (1.0, y), xycoords=("axes fraction", coordinates), xytext=(5, 0), textcoords="offset points",
+        va="center", color=color, fontsize=fontsize, annotation_clip=False, parse_math=False,
+    )  # fmt: skip
 
 
 def mark_stages(ax: Axes, config: Any, *, names: bool = True) -> None:
@@ -135,8 +138,12 @@ def mark_stages(ax: Axes, config: Any, *, names: bool = True) -> None:
         start = end
 
 
-def empty(ax: Axes, message: str) -> None:
-    """Say in the axes why there is nothing to see."""
-    ax.text(0.5, 0.5, message, ha="center", va="center", color=FAINT, transform=ax.transAxes, wrap=True)
-    ax.set_xticks([])
-    ax.set_yticks([])
+def empty(figure: LabFigure, message: str) -> LabFigure:
+    """The figure, saying in its first axes why there is nothing to see; the others are hidden."""
+    first, *others = figure.axes
+    first.text(0.5, 0.5, message, ha="center", va="center", color=FAINT, transform=first.transAxes, wrap=True)
+    first.set_xticks([])
+    first.set_yticks([])
+    for ax in others:
+        ax.set_visible(False)
+    return figure

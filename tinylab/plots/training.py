@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from tinylab.config.counts import format_count
 from tinylab.errors import ConfigError
+from tinylab.optim.schedule import lr_at
 from tinylab.plots.style import (
     COLORS,
     DASHES,
@@ -21,6 +23,7 @@ from tinylab.plots.style import (
     label_ends,
     mark_stages,
     new_figure,
+    new_plot,
     token_axis,
 )
 
@@ -31,6 +34,36 @@ _X_LABELS = {
 }
 
 
+@dataclass(frozen=True)
+class _Series:
+    """The metrics of one run and how they look: neighbours differ in colour and dash, and no two of sixteen agree."""
+
+    label: str
+    metrics: Table
+    config: Any
+    """None where only a table was given."""
+    color: str
+    dash: Any
+    marker: str
+
+    def points(self, name: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
+        """(x, value) wherever the metric was measured; x is `tokens`, `step` or `hours`."""
+        if name not in self.metrics:
+            return np.array([]), np.array([])
+        values = self.metrics[name].to_numpy(float)
+        at = self.metrics["step_time_s"].cumsum() / 3600 if x == "hours" else self.metrics[x]
+        return at.to_numpy(float)[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def _series(runs: Sequence[Any]) -> list[_Series]:
+    """One series for each Run or (label, DataFrame) pair."""
+    found = []
+    for i, run in enumerate(runs):
+        label, metrics, config = (*run, None) if isinstance(run, tuple) else (run.name, run.metrics(), run.config)
+        found.append(_Series(str(label), metrics, config, COLORS[i % 4], DASHES[(i + i // 4) % 4], MARKERS[i % 4]))
+    return found
+
+
 def loss_curves(runs: Sequence[Any], smooth: float | None = None, x: str = "tokens") -> LabFigure:
     """Training loss (raw faint, smoothed bold) and validation loss over tokens, runs overlaid.
 
@@ -39,77 +72,62 @@ def loss_curves(runs: Sequence[Any], smooth: float | None = None, x: str = "toke
     """
     if x not in _X_LABELS:
         raise ConfigError(f"x must be one of {', '.join(_X_LABELS)}; found {x!r}")
-    series = [_series(run) for run in runs]
-    longest = max((float(m["tokens"].iloc[-1]) for _, m, _ in series if len(m)), default=0.0)
+    series = _series(runs)
+    longest = max((float(s.metrics["tokens"].iloc[-1]) for s in series if len(s.metrics)), default=0.0)
     width = longest / 40 if smooth is None else smooth
-    figure, axes = new_figure(
+    figure, ax = new_plot(
         _title("Loss over training", series),
         height=4.3,
-        caption=f"Faint: every step's loss, mean over the global batch. Bold: mean over the last "
-        f"{format_count(width)} tokens. "
-        "Markers: validation loss on held-out documents.",
+        caption=f"Faint: loss of every step, mean over its batch. Bold: mean over the last {format_count(width)} "
+        "tokens. Markers: validation loss on held-out documents.",
     )
-    ax, ends = axes[0, 0], []
-    for i, (label, metrics, _) in enumerate(series):
-        if not len(metrics):
+    ends, alone = [], len(series) == 1
+    for s in series:
+        tokens, loss = s.points("loss")
+        if not len(loss):
             continue
-        color, dash = _look(i)
-        xs = _x_values(metrics, x)
-        smoothed = moving_mean(metrics["tokens"].to_numpy(float), metrics["loss"].to_numpy(float), width)
-        ax.plot(xs, metrics["loss"], color=color, alpha=0.22, linewidth=0.8)
-        ax.plot(xs, smoothed, color=color, linestyle=dash, linewidth=2.0)
-        name = "training" if len(series) == 1 else label
-        ends.append((xs[-1], smoothed[-1], f"{name} {smoothed[-1]:.2f}", color))
-        measured = _measured(metrics, "validation_loss")
-        if len(measured):
-            accent = COLORS[1] if len(series) == 1 else color
-            at, values = _x_values(metrics, x)[measured.index], measured.to_numpy(float)
+        xs, smoothed = s.points("loss", x)[0], moving_mean(tokens, loss, width)
+        ax.plot(xs, loss, color=s.color, alpha=0.22, linewidth=0.8)
+        ax.plot(xs, smoothed, color=s.color, linestyle=s.dash, linewidth=2.0)
+        ends.append((smoothed[-1], f"{'training' if alone else s.label} {smoothed[-1]:.2f}", s.color))
+        at, values = s.points("validation_loss", x)
+        if len(values):
+            accent = COLORS[1] if alone else s.color
             ax.plot(at, values, color=accent, linewidth=1.2, linestyle=DASHES[1], alpha=0.85)
-            ax.plot(
-                at, values, MARKERS[i % 4], color=accent, markersize=5, markeredgecolor="white", markeredgewidth=0.8
-            )
+            ax.plot(at, values, s.marker, color=accent, markersize=5, markeredgecolor="white", markeredgewidth=0.8)
             if len(series) <= 2:
-                tail = "validation" if len(series) == 1 else f"{label}, validation"
-                ends.append((at[-1], values[-1], f"{tail} {values[-1]:.2f}", accent))
+                name = "validation" if alone else f"{s.label}, validation"
+                ends.append((values[-1], f"{name} {values[-1]:.2f}", accent))
     return _finished(figure, series, ends, "loss (nats per token)", "no steps yet", x)
 
 
 def validation_bits(runs: Sequence[Any]) -> LabFigure:
     """Bits per byte of held-out text over tokens: comparable across tokenizers."""
-    series = [_series(run) for run in runs]
-    figure, axes = new_figure(
+    series = _series(runs)
+    figure, ax = new_plot(
         _title("Compression of held-out text", series),
         height=3.6,
-        caption="Bits per byte = validation nats / (ln 2 x bytes of the predicted text); independent of the tokenizer.",
+        caption="Bits per byte = validation nats / (ln 2 × bytes of the predicted text); independent of the tokenizer.",
     )
-    ax, ends = axes[0, 0], []
-    for i, (label, metrics, _) in enumerate(series):
-        measured = _measured(metrics, "bits_per_byte")
-        if not len(measured):
-            continue
-        color, dash = _look(i)
-        at, values = metrics["tokens"][measured.index].to_numpy(float), measured.to_numpy(float)
-        ax.plot(at, values, color=color, linestyle=dash, marker=MARKERS[i % 4], markersize=5, linewidth=1.6)
-        ends.append(
-            (at[-1], values[-1], f"{label} {values[-1]:.2f}" if len(series) > 1 else f"{values[-1]:.2f}", color)
-        )
+    ends = []
+    for s in series:
+        at, values = s.points("bits_per_byte")
+        if len(values):
+            ax.plot(at, values, color=s.color, linestyle=s.dash, marker=s.marker, markersize=5, linewidth=1.6)
+            ends.append((values[-1], f"{s.label if len(series) > 1 else ''} {values[-1]:.2f}".strip(), s.color))
     return _finished(figure, series, ends, "bits per byte", "validation has not been measured yet")
 
 
-def learning_rate(config: Any, points: int = 600) -> LabFigure:
+def learning_rate(config: Any) -> LabFigure:
     """The learning rate that the configuration prescribes, over its tokens, with its stages."""
-    from tinylab.optim.schedule import lr_at
-
-    steps = np.unique(np.linspace(1, config.steps, min(points, config.steps)).round().astype(int))
-    tokens = [config.tokens_at(int(s)) for s in steps]
-    rates = [lr_at(config, int(s)) for s in steps]
-    figure, axes = new_figure(
+    steps = np.unique(np.linspace(1, config.steps, min(600, config.steps)).round().astype(int)).tolist()
+    tokens, rates = [config.tokens_at(step) for step in steps], [lr_at(config, step) for step in steps]
+    figure, ax = new_plot(
         f"Learning rate, preset {config.preset}" if config.preset else "Learning rate",
         height=3.2,
         caption=f"Warm-up over {format_count(config.schedule.warmup_tokens)} tokens, then {config.schedule.kind}; "
         f"peak {config.optimizer.lr:g}. Computed from the configuration.",
     )
-    ax = axes[0, 0]
     ax.plot(tokens, rates, color=COLORS[0], linewidth=2)
     ax.set_ylim(0, max(rates) * 1.06)
     ax.margins(x=0.01)
@@ -117,33 +135,31 @@ def learning_rate(config: Any, points: int = 600) -> LabFigure:
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     token_axis(ax)
     mark_stages(ax, config)
-    label_ends(ax, [(tokens[-1], rates[-1], f"{rates[-1]:.1e}", COLORS[0])])
+    label_ends(ax, [(rates[-1], f"{rates[-1]:.1e}", COLORS[0])])
     return figure
 
 
 def gradient_norm(runs: Sequence[Any]) -> LabFigure:
     """Gradient norm before clipping, per step, log scale, with the clipping threshold where a run has one."""
-    series = [_series(run) for run in runs]
-    figure, axes = new_figure(
+    series = _series(runs)
+    figure, ax = new_plot(
         _title("Gradient norm", series),
         height=3.2,
-        caption="Global norm before clipping; log scale. Faint: every step. Bold: mean over the last fortieth of the "
-        "run's tokens. Dashed, grey: the clipping threshold.",
+        caption="Norm over all parameters, before clipping; log scale. Faint: every step. Bold: mean over the last "
+        "fortieth of the run's tokens. Dashed, grey: the clipping threshold.",
     )
-    ax, ends = axes[0, 0], []
-    for i, (label, metrics, config) in enumerate(series):
-        known = _measured(metrics, "grad_norm")
-        known = known[known > 0]
-        if not len(known):
+    ends = []
+    for s in series:
+        xs, norms = s.points("grad_norm")
+        xs, norms = xs[norms > 0], norms[norms > 0]
+        if not len(norms):
             continue
-        xs, (color, dash) = metrics["tokens"][known.index].to_numpy(float), _look(i)
-        smoothed = moving_mean(xs, known.to_numpy(float), xs[-1] / 40)
-        ax.plot(xs, known, color=color, linewidth=0.8, alpha=0.3)
-        ax.plot(xs, smoothed, color=color, linestyle=dash, linewidth=1.8)
-        ends.append((xs[-1], smoothed[-1], f"{label} {smoothed[-1]:.2f}", color))
-        clip = getattr(getattr(config, "optimizer", None), "clip_norm", None)
-        if clip:
-            ax.axhline(clip, color=FAINT, linewidth=1, linestyle=DASHES[1])
+        smoothed = moving_mean(xs, norms, xs[-1] / 40)
+        ax.plot(xs, norms, color=s.color, linewidth=0.8, alpha=0.3)
+        ax.plot(xs, smoothed, color=s.color, linestyle=s.dash, linewidth=1.8)
+        ends.append((smoothed[-1], f"{s.label} {smoothed[-1]:.2f}", s.color))
+        if s.config and s.config.optimizer.clip_norm:
+            ax.axhline(s.config.optimizer.clip_norm, color=FAINT, linewidth=1, linestyle=DASHES[1])
     if ends:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -154,7 +170,7 @@ def gradient_norm(runs: Sequence[Any]) -> LabFigure:
 
 def throughput(runs: Sequence[Any]) -> LabFigure:
     """Tokens per second, share of time waiting for data, and peak memory over tokens; each run's median is named."""
-    series = [_series(run) for run in runs]
+    series = _series(runs)
     figure, axes = new_figure(
         _title("Speed and memory", series),
         columns=2,
@@ -164,22 +180,19 @@ def throughput(runs: Sequence[Any]) -> LabFigure:
         "Data wait is the share of step time in which the trainer waited for the loader.",
     )
     speed, memory = axes[0]
-    ends = []
-    for i, (label, metrics, _) in enumerate(series):
-        if len(metrics) < 2:
-            continue
-        rows, (color, dash) = metrics.iloc[1:], _look(i)
+    ends, top = [], 0.0
+    for s in (s for s in series if len(s.metrics) > 1):
+        rows = s.metrics.iloc[1:]
         tokens, rates = rows["tokens"].to_numpy(float), rows["tokens_per_s"].to_numpy(float)
         middle, wait = float(np.nanmedian(rates)), float(rows["data_wait_s"].sum() / rows["step_time_s"].sum())
-        speed.plot(tokens, rates, ".", color=color, markersize=3, alpha=0.4)
-        speed.plot([tokens[0], tokens[-1]], [middle] * 2, color=color, linestyle=dash, linewidth=1.8)
-        ends.append((tokens[-1], middle, f"{label}\n{format_count(middle)} tokens/s\ndata wait {wait:.1%}", color))
-        memory.plot(tokens, rows["peak_memory_gib"], color=color, linestyle=dash, linewidth=1.8)
+        speed.plot(tokens, rates, ".", color=s.color, markersize=3, alpha=0.4)
+        speed.plot([tokens[0], tokens[-1]], [middle] * 2, color=s.color, linestyle=s.dash, linewidth=1.8)
+        ends.append((middle, f"{s.label}\n{format_count(middle)} tokens/s\ndata wait {wait:.1%}", s.color))
+        memory.plot(tokens, rows["peak_memory_gib"], color=s.color, linestyle=s.dash, linewidth=1.8)
+        top = max(top, float(np.nanpercentile(rates, 98)))
     if not ends:
-        empty(speed, "fewer than two steps")
-        empty(memory, "fewer than two steps")
-        return figure
-    speed.set_ylim(0, max(np.nanpercentile(m["tokens_per_s"].iloc[1:], 98) for _, m, _ in series if len(m) > 1) * 1.2)
+        return empty(figure, "fewer than two steps")
+    speed.set_ylim(0, top * 1.2)
     speed.set_ylabel("tokens/s, all ranks")
     memory.set_ylim(0, 1.08 * memory.dataLim.y1)
     memory.set_ylabel("peak memory (GiB)")
@@ -201,57 +214,28 @@ def moving_mean(tokens: np.ndarray, values: np.ndarray, width: float) -> np.ndar
     return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
-def _look(i: int) -> tuple[str, Any]:
-    """(colour, dash) of series i: neighbours differ in both, and no two of the first sixteen are alike."""
-    return COLORS[i % 4], DASHES[(i + i // 4) % 4]
-
-
-def _title(what: str, series: Sequence[tuple[str, Any, Any]]) -> str:
+def _title(what: str, series: Sequence[_Series]) -> str:
     """`what`, and whose, where the names fit."""
-    names = ", ".join(label for label, _, _ in series)
+    names = ", ".join(s.label for s in series)
     return f"{what}: {names}" if 0 < len(names) <= 48 else what
 
 
 def _finished(
-    figure: LabFigure, series: list[tuple[str, Any, Any]], ends: list[Any], label: str, missing: str, x: str = "tokens"
+    figure: LabFigure, series: Sequence[_Series], ends: list[Any], label: str, missing: str, x: str = "tokens"
 ) -> LabFigure:
     """The figure with units, end labels and stage marks; the words `missing` where there is nothing to draw."""
-    ax = figure.axes[0]
     if not ends:
-        empty(ax, missing)
-        return figure
+        return empty(figure, missing)
+    ax = figure.axes[0]
     ax.margins(x=0.01)
     ax.set_ylabel(label)
     ax.set_xlabel(_X_LABELS[x])
+    label_ends(ax, ends)
     if x == "tokens":
         token_axis(ax)
-    label_ends(ax, ends)
-    configs = [config for _, _, config in series if config is not None]
-    if x == "tokens" and configs and all(c.stages == configs[0].stages for c in configs):
-        limits = ax.get_xlim()
-        mark_stages(ax, configs[0])
-        ax.set_xlim(limits)
+        configs = [s.config for s in series if s.config is not None]
+        if configs and all(c.stages == configs[0].stages for c in configs):
+            limits = ax.get_xlim()
+            mark_stages(ax, configs[0])
+            ax.set_xlim(limits)
     return figure
-
-
-def _series(run: Any) -> tuple[str, Table, Any]:
-    """(label, metrics with a plain index, configuration or None) of a Run or a (label, DataFrame) pair."""
-    if isinstance(run, tuple):
-        return str(run[0]), run[1].reset_index(drop=True), None
-    return run.name, run.metrics().reset_index(drop=True), run.config
-
-
-def _measured(metrics: Table, name: str) -> Any:
-    """The values of a metric where it was measured."""
-    import pandas
-
-    if name not in metrics:
-        return pandas.Series([], dtype=float)
-    numbers: Any = pandas.to_numeric(metrics[name])
-    return numbers.dropna()
-
-
-def _x_values(metrics: Table, x: str) -> np.ndarray:
-    if x == "hours":
-        return metrics["step_time_s"].cumsum().to_numpy(float) / 3600
-    return metrics[x].to_numpy(float)
