@@ -190,9 +190,7 @@ def test_the_reader_of_pickles_has_nothing_to_call():
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported == {"__future__", "collections.abc", "pickletools", "typing", "tinylab.errors"}
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert not names & {"__import__", "eval", "exec", "compile", "globals", "open", "__builtins__"}
-    lookups = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"]
-    assert [ast.unparse(n) for n in lookups] == ["getattr(self, f'op_{name}', None)"]
+    assert not names & {"__import__", "eval", "exec", "compile", "globals", "open", "__builtins__", "getattr"}
 
 
 def test_no_module_of_the_package_unpickles():

@@ -11,6 +11,7 @@ from tinylab.errors import CheckpointError, ConfigError
 from tinylab.runs.durable import disk_error
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_YAML_BYTES = 200_000
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _READ = {
     *_REQUIRED,
@@ -109,7 +110,7 @@ def model_from_config(source: dict[str, Any] | str | Path) -> Model:
 
     Raises CheckpointError naming every key that makes it something other than the Llama tinylab computes.
     """
-    values, where = (source, "config.json") if isinstance(source, dict) else (_read(Path(source)), str(source))
+    values, where = (source, "config.json") if isinstance(source, dict) else (read_object(Path(source)), str(source))
     problems = [f"{key} must be given" for key in _REQUIRED if values.get(key) is None]
     for key, value in values.items():
         if key in _FIXED:
@@ -186,13 +187,25 @@ def _rope(values: dict[str, Any], seq_len: int) -> tuple[float, RopeScaling | No
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A small file of named values, YAML or JSON by its suffix. Raises CheckpointError for anything else."""
+    limit = MAX_YAML_BYTES if path.suffix == ".yaml" else MAX_CONFIG_BYTES
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} must be at most {MAX_CONFIG_BYTES} bytes; found {path.stat().st_size}")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > limit:
+            raise CheckpointError(f"{path} must be at most {limit} bytes; found {path.stat().st_size}")
+        text = path.read_text(encoding="utf-8")
+        values = _parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read the model's configuration {path}: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; found {type(values).__name__}")
+        raise CheckpointError(f"{path} must hold named values; found {type(values).__name__}")
     return values
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml  # not for every config.json: opening a model should take no longer for it
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -11,37 +11,30 @@ from typing import Any
 from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.presets import tinyllama_1b, tinyllama_120m
 from tinylab.errors import CheckpointError, ConfigError
-from tinylab.formats.huggingface_config import model_from_config
+from tinylab.formats.huggingface_config import model_from_config, read_object
 from tinylab.runs.durable import write_atomic
 
-MAX_BYTES = 200_000
 KNOWN = {"tiny_LLaMA_1b": tinyllama_1b().model, "tiny_LLaMA_120M": tinyllama_120m().model}
 """TinyLlama's models by the name in its `.pth` (hparams) and lit_gpt/config.py."""
+_OFF = (
+    *("bias", "attn_bias", "lm_head_bias", "parallel_residual", "shared_attention_norm", "norm_qk"),
+    *("post_attention_norm", "post_mlp_norm", "scale_embeddings", "rope_interleave"),
+)
+_NULL = (
+    *("sliding_window_size", "attention_logit_softcapping", "final_logit_softcapping", "latent_attention"),
+    *("rope_local_base_freq", "rope_indices"),
+)
 _FIXED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_OFF, (False,)),
+    **dict.fromkeys(_NULL, ()),
     "norm_class_name": ("RMSNorm",),
     "_norm_class": ("RMSNorm", "FusedRMSNorm"),
     "mlp_class_name": ("LLaMAMLP",),
     "_mlp_class": ("LLaMAMLP",),
-    "bias": (False,),
-    "attn_bias": (False,),
-    "lm_head_bias": (False,),
-    "parallel_residual": (False,),
-    "shared_attention_norm": (False,),
     "rotary_percentage": (1.0,),
-    "norm_qk": (False,),
     "norm_1": (True,),
     "norm_2": (True,),
-    "post_attention_norm": (False,),
-    "post_mlp_norm": (False,),
-    "scale_embeddings": (False,),
-    "rope_interleave": (False,),
     "n_expert": (0,),
-    "sliding_window_size": (),
-    "attention_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "latent_attention": (),
-    "rope_local_base_freq": (),
-    "rope_indices": (),
 }
 """Keys that must have one of these values, or be null or absent: everything else would be another model."""
 _DEFAULTS = {
@@ -62,7 +55,7 @@ def find_config(file: Path, archive: Mapping[str, Any], shapes: Mapping[str, tup
         return model_from_litgpt(archive["config"], f"{file}: config")
     for name in ("model_config.yaml", "lit_config.json"):
         if (file.parent / name).is_file():
-            return model_from_litgpt(_read(file.parent / name), str(file.parent / name))
+            return model_from_litgpt(read_object(file.parent / name), str(file.parent / name))
     if (file.parent / "config.json").is_file():
         return model_from_config(file.parent / "config.json")
     hparams = archive.get("hparams")
@@ -187,19 +180,3 @@ def model_to_litgpt(model: Model) -> dict[str, Any]:
 def write_yaml(values: Mapping[str, Any], path: Path) -> None:
     """Plain values as YAML: JSON scalars, which are YAML, one key a line. Raises CheckpointError on a full disk."""
     write_atomic(path, "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """A small YAML or JSON object. Raises CheckpointError for anything else."""
-    import yaml
-
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path} must be at most {MAX_BYTES} bytes; found {path.stat().st_size}")
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise CheckpointError(f"cannot read the model's configuration {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold named values; found {type(values).__name__}")
-    return values

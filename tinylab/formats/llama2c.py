@@ -7,6 +7,7 @@ Source: karpathy/llama2.c:export.py, run.c.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from tinylab.config.architecture import Model
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.formats.tensors import LazyTensor, Weights
+from tinylab.model.names import name_map
 
 MAGIC = 0x616B3432
 _V1_HEADER_BYTES = 256
@@ -106,38 +108,24 @@ def _layout(
     path: Path, model: Model, order: tuple[str, ...], start: int, size: int
 ) -> tuple[dict[str, LazyTensor], int]:
     """Every tensor at its place, and the offset behind the last. Stops early when the file is too short."""
-    C, F, D = model.d_model, model.d_ff, model.head_size
-    q, kv = model.n_head * D, model.n_kv_head * D
-    shapes = {
-        "embed": (model.vocab_size, C),
-        "output": (model.vocab_size, C),
-        "norm": (C,),
-        "attention_norm": (C,),
-        "ffn_norm": (C,),
-        "wq": (q, C),
-        "wk": (kv, C),
-        "wv": (kv, C),
-        "wo": (C, q),
-        "w1": (F, C),
-        "w2": (C, F),
-        "w3": (F, C),
-        "rope": (2 * model.seq_len, D // 2),
-    }
+    shapes = {part.name: part.shape for parts in name_map(model).values() for part in parts}
     tensors: dict[str, LazyTensor] = {}
     for kind in order:
-        if kind == "output" and model.tie_embeddings:
+        if kind == "rope":
+            start += 4 * model.seq_len * model.head_size
             continue
-        shape = shapes[kind]
-        step = 4 * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
         count = model.n_layer if kind in _KINDS else 1
+        names = [f"model.layers.{i}.{_KINDS[kind]}.weight" if kind in _KINDS else _TOP[kind] for i in range(count)]
+        if names[0] not in shapes:  # a tied head
+            continue
+        shape = shapes[names[0]]
+        step = 4 * math.prod(shape)
         if start + count * step > size:
             return tensors, start + count * step
         heads = {"wq": model.n_head, "wk": model.n_kv_head}.get(kind)
-        for i in range(count):
-            name = f"model.layers.{i}.{_KINDS[kind]}.weight" if kind in _KINDS else _TOP.get(kind)
-            if name is not None:
-                stored = LazyTensor.stored(path, start + i * step, shape, torch.float32)
-                tensors[name] = stored if heads is None else _with_halves(stored, heads)
+        for i, name in enumerate(names):
+            stored = LazyTensor.stored(path, start + i * step, shape, torch.float32)
+            tensors[name] = stored if heads is None else _with_halves(stored, heads)
         start += count * step
     return tensors, start
 

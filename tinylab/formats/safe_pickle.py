@@ -95,7 +95,7 @@ def read(data: bytes, where: str) -> Any:
 
 
 class _Reader:
-    """The stack machine. Opcodes that are not methods `op_NAME` or in the tables are refused."""
+    """The stack machine. Opcodes that are not in the tables below are refused."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -121,11 +121,10 @@ class _Reader:
             self.stack.append(_EMPTY[name]())
         elif name in _TUPLES:
             self.stack.append(tuple(self.pop(_TUPLES[name])))
+        elif name in _OPERATIONS:
+            _OPERATIONS[name](self, argument)
         else:
-            method = getattr(self, f"op_{name}", None)
-            if method is None:
-                self.refuse(f"the opcode {name}")
-            method(argument)
+            self.refuse(f"the opcode {name}")
 
     def result(self) -> Any:
         if len(self.stack) != 1:
@@ -169,53 +168,15 @@ class _Reader:
     def remember(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
+    def recall(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
     def named(self, module: Any, name: Any) -> None:
         if (module, name) not in ALLOWED:
             self.refuse(f"the global {str(module)[:100]}.{str(name)[:100]}")
         self.stack.append(Global(module, name))
 
-    def op_MARK(self, _: Any) -> None:
-        self.stack.append(_MARK)
-
-    def op_POP(self, _: Any) -> None:
-        self.stack.pop()
-
-    def op_TUPLE(self, _: Any) -> None:
-        self.stack.append(tuple(self.pop_mark()))
-
-    def op_APPEND(self, _: Any) -> None:
-        self.extend(self.pop(1))
-
-    def op_APPENDS(self, _: Any) -> None:
-        self.extend(self.pop_mark())
-
-    def op_SETITEM(self, _: Any) -> None:
-        self.fill(self.pop(2))
-
-    def op_SETITEMS(self, _: Any) -> None:
-        self.fill(self.pop_mark())
-
-    def op_MEMOIZE(self, _: Any) -> None:
-        self.remember(len(self.memo))
-
-    def op_BINPUT(self, index: int) -> None:
-        self.remember(index)
-
-    op_LONG_BINPUT = op_BINPUT
-
-    def op_BINGET(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    op_LONG_BINGET = op_BINGET
-
-    def op_GLOBAL(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self.named(module, name)
-
-    def op_STACK_GLOBAL(self, _: Any) -> None:
-        self.named(*self.pop(2))
-
-    def op_BINPERSID(self, _: Any) -> None:
+    def storage(self) -> None:
         (identity,) = self.pop(1)
         if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
             self.refuse("a persistent identifier that is no torch storage")
@@ -225,13 +186,13 @@ class _Reader:
             self.refuse("a malformed torch storage")
         self.stack.append(Storage(STORAGES[kind.name], str(key), numel))
 
-    def op_BUILD(self, _: Any) -> None:
+    def build(self) -> None:
         target, state = self.pop(2)
         if not (isinstance(target, dict) and isinstance(state, dict)):  # only a module's OrderedDict has `_metadata`
             self.refuse(f"attributes set on a {type(target).__name__}")
         self.stack.append(target)
 
-    def op_REDUCE(self, _: Any) -> None:
+    def call(self) -> None:
         function, arguments = self.pop(2)
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             self.refuse(f"a call of a {type(function).__name__}")
@@ -282,6 +243,25 @@ _VALUES = frozenset(
 )
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_OPERATIONS: dict[str, Callable[[_Reader, Any], object]] = {
+    "MARK": lambda reader, _: reader.stack.append(_MARK),
+    "POP": lambda reader, _: reader.stack.pop(),
+    "TUPLE": lambda reader, _: reader.stack.append(tuple(reader.pop_mark())),
+    "APPEND": lambda reader, _: reader.extend(reader.pop(1)),
+    "APPENDS": lambda reader, _: reader.extend(reader.pop_mark()),
+    "SETITEM": lambda reader, _: reader.fill(reader.pop(2)),
+    "SETITEMS": lambda reader, _: reader.fill(reader.pop_mark()),
+    "MEMOIZE": lambda reader, _: reader.remember(len(reader.memo)),
+    "BINPUT": _Reader.remember,
+    "LONG_BINPUT": _Reader.remember,
+    "BINGET": _Reader.recall,
+    "LONG_BINGET": _Reader.recall,
+    "GLOBAL": lambda reader, argument: reader.named(*argument.partition(" ")[::2]),
+    "STACK_GLOBAL": lambda reader, _: reader.named(*reader.pop(2)),
+    "BINPERSID": lambda reader, _: reader.storage(),
+    "BUILD": lambda reader, _: reader.build(),
+    "REDUCE": lambda reader, _: reader.call(),
+}
 _CALLS: dict[Any, Callable[[_Reader, tuple[Any, ...]], Any]] = {
     _TENSOR: _Reader.tensor,
     _PARAMETER: _Reader.parameter,

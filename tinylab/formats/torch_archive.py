@@ -7,6 +7,7 @@ stored without compression, inside the file, once, without overlap. So no bomb c
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import struct
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tinylab.errors import CheckpointError
 from tinylab.formats import safe_pickle as pickles
-from tinylab.formats.tensors import LazyTensor
+from tinylab.formats.tensors import LazyTensor, read_values
 
 MAX_MEMBERS = 20_000
 """TinyLlama's own checkpoint with its optimizer has about 600."""
@@ -60,9 +61,9 @@ class TorchArchive:
         self.value = pickles.read(data, f"{self.path}: data.pkl")
 
     def tensors(self, state: Any) -> dict[str, LazyTensor]:
-        """The tensors that stand directly in `state`, a state dict of this archive; none if it is something else.
+        """The tensors directly in `state`, a state dict of this archive; none if it is something else.
 
-        Nothing below is followed: a dictionary that holds itself would never end.
+        Nested values are not followed: a dictionary that holds itself would never end.
         """
         if not isinstance(state, dict):
             return {}
@@ -79,9 +80,7 @@ class TorchArchive:
                 f"{self.path}: data/{storage.key} must hold {storage.numel} values of {storage.dtype}; "
                 f"found {member.size} bytes"
             )
-        numel = 1
-        for n in spec.shape:
-            numel *= n
+        numel = math.prod(spec.shape)
         last = sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True)) if numel else -1
         if numel > storage.numel or spec.offset + last >= max(storage.numel, 1):
             raise CheckpointError(
@@ -100,24 +99,18 @@ class TorchArchive:
         name = f"data/{key}"
         member = self._members[name]
         raw = torch.empty(count, dtype=torch.uint8)
-        with open(self.path, "rb", buffering=0) as file:
-            if name not in self._verified and count < member.size:
-                _check(self._crc(file, member), member, self.path, name)
-            file.seek(member.start + offset)
-            _read_into(file, raw.numpy().data, self.path)
-        if name not in self._verified and count == member.size:
-            _check(zlib.crc32(raw.numpy().data), member, self.path, name)
+        read_values(self.path, member.start + offset, raw)
+        if name not in self._verified:
+            _check(zlib.crc32(raw.numpy().data) if count == member.size else self._crc(member), member, self.path, name)
         self._verified.add(name)
         return raw
 
-    def _crc(self, file: io.FileIO, member: _Member) -> int:
-        file.seek(member.start)
-        crc, left = 0, member.size
-        while left:
-            block = file.read(min(left, _CHUNK))
-            if not block:
-                break
-            crc, left = zlib.crc32(block, crc), left - len(block)
+    def _crc(self, member: _Member) -> int:
+        crc, block = 0, torch.empty(_CHUNK, dtype=torch.uint8)
+        for at in range(0, member.size, _CHUNK):
+            part = block[: member.size - at]
+            read_values(self.path, member.start + at, part)
+            crc = zlib.crc32(part.numpy().data, crc)
         return crc
 
     def _read(self, member: _Member, name: str) -> bytes:
@@ -125,11 +118,10 @@ class TorchArchive:
             raise CheckpointError(
                 f"{self.path}: {name} must be at most {pickles.MAX_PICKLE_BYTES} bytes; found {member.size}"
             )
-        with open(self.path, "rb") as file:
-            file.seek(member.start)
-            data = file.read(member.size)
-        _check(zlib.crc32(data), member, self.path, name)
-        return data
+        data = torch.empty(member.size, dtype=torch.uint8)
+        read_values(self.path, member.start, data)
+        _check(zlib.crc32(data.numpy().data), member, self.path, name)
+        return data.numpy().tobytes()
 
 
 def _check(crc: int, member: _Member, path: Path, name: str) -> None:
@@ -137,14 +129,6 @@ def _check(crc: int, member: _Member, path: Path, name: str) -> None:
         raise CheckpointError(
             f"{path}: {name} must have the CRC-32 {member.crc:08x}; found {crc:08x}: damaged, copy the file again"
         )
-
-
-def _read_into(file: io.FileIO, view: memoryview, path: Path) -> None:
-    while len(view):
-        count = file.readinto(view)
-        if not count:
-            raise CheckpointError(f"{path} must not shrink while it is read; found its end too early")
-        view = view[count:]
 
 
 def _read_directory(path: Path) -> dict[str, _Member]:
