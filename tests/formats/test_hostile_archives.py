@@ -153,7 +153,7 @@ ARCHIVES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "an empty file": ("begins with b''", lambda p: p.write_bytes(b"")),
     "no zip": ("begins with b'GIF8'", lambda p: p.write_bytes(b"GIF89a" + bytes(100))),
     "a bare pickle": ("found a bare pickle", lambda p: p.write_bytes(pickle.dumps({"a": 1}))),
-    "zeros at the end": ("must be a whole torch archive", lambda p: p.write_bytes(p.read_bytes() + bytes(70_000))),
+    "zeros at the end": ("must be a complete torch archive", lambda p: p.write_bytes(p.read_bytes() + bytes(70_000))),
 }
 
 

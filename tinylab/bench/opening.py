@@ -69,9 +69,9 @@ LIMIT = 0.05
 def bench_opening(preset: str | Model = "tinyllama_1b", windows: int = 5) -> dict[str, Any]:
     """Seconds and peak memory to open a bf16 Hugging Face folder of `preset`'s shape, ours and theirs in turn.
 
-    Weights are random. Both libraries map files and leave pages unread when they open, so the first logits (8 tokens)
-    are measured too: by then every weight was read. Peak memory is that of the whole process (maximum resident set,
-    pages of the file included). `ratio_*` are medians of tinylab over transformers. One round of each is left out as
+    Weights are random. Both libraries map files and read no page when they open them, so the first logits (8 tokens)
+    are measured too: by then every weight has been read. Peak memory is the maximum resident set of the process (pages
+    of the file included). `ratio_*` are medians of tinylab over transformers. One round of each is left out as
     warm-up of the page cache. Raises TinylabError if the logits differ by more than rounding, ConfigError for no
     windows.
     """

@@ -1,4 +1,4 @@
-"""How far our logits lie from transformers' LlamaForCausalLM, over architectures and number formats."""
+"""How far our logits are from those of transformers' LlamaForCausalLM, by architecture and number format."""
 
 from __future__ import annotations
 

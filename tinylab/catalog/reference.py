@@ -147,7 +147,7 @@ def _elsewhere(text: str) -> Reference:
 def load_model(
     ref: str | Path | Reference, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Llama:
-    """The model that REF names, in eval mode: a call on ids (B, T) gives logits (B, T, V). dtype absent: as stored.
+    """The model that REF names, in eval mode: a call on ids (B, T) returns logits (B, T, V). dtype: absent, as stored.
 
     Notes of the reference, such as a nearest match, are logged as warnings. Raises ConfigError for a device that torch
     cannot use here; else as `resolve_reference` and `open_weights`.

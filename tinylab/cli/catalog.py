@@ -35,7 +35,7 @@ def checkpoints_verb(
         audit: read every tensor of a run, or of two REFs and more: is this series what it claims to be? Exit code 1
             if it is not.
         figure: with --audit, a PNG of the distances between all checkpoints.
-        fetch: download REFs of the registry or the Hub into the cache; an interrupted download goes on.
+        fetch: download REFs of the registry or the Hub into the cache; an interrupted download resumes.
         cached: list the downloads and the disk they use.
         remove: delete REFs (owner/name, with @REVISION one of it, or a registry name) from the cache.
     """
@@ -72,7 +72,7 @@ def _own(refs: tuple[str, ...]) -> Answer:
 def _registry() -> Answer:
     """Everything that a REF can name: checkpoints of all own runs, and published milestones.
 
-    As text one line stands for Pythia's.
+    In text, one line represents all of Pythia's.
     """
     own, published = _rows(list_runs()), _published()
     shown = [r for r in published if r["series"] != "pythia-1b"]
@@ -148,7 +148,7 @@ def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
 
 
 def _fetch(refs: tuple[str, ...]) -> Answer:
-    """Bring REFs into the cache."""
+    """Download REFs into the cache."""
     from tinylab.catalog.reference import resolve_reference
 
     found = [resolve_reference(ref) for ref in refs]
@@ -158,12 +158,14 @@ def _fetch(refs: tuple[str, ...]) -> Answer:
 
 
 def _cached() -> Answer:
-    """What lies in the cache, largest first."""
+    """What the cache contains, largest first."""
     from tinylab.catalog.hub import disk_use
 
     rows = disk_use()
     if not rows:
-        raise NothingFoundError("the cache must hold downloaded models; found none. Fetch: tinylab checkpoints --fetch")
+        raise NothingFoundError(
+            "the cache must contain a model; found none. Download one: tinylab checkpoints REF --fetch"
+        )
     shown = [{**r, "size": format_bytes(r["bytes"]), "commit": r["commit"][:12]} for r in rows]
     return Answer(rows, table(shown, ["repository", "revisions", "commit", "size", "files"]))
 

@@ -1,4 +1,4 @@
-"""One checkpoint format to another: read as a stream, written beside its final name, compared, then renamed."""
+"""From one checkpoint format to another: read as a stream, written under a temporary name, compared, then renamed."""
 
 from __future__ import annotations
 

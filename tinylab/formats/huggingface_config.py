@@ -46,7 +46,7 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 }
 """What rope_scaling (rope_parameters in transformers 5) must give, by its type."""
 _ROPE_READ = {*_ROPE_NEEDS["llama3"], "rope_theta", "rope_type", "type", "original_max_position_embeddings"}
-"""Its other keys may change the model."""
+"""All other keys of it may change the model."""
 
 
 def config_values(config: Model) -> dict[str, Any]:

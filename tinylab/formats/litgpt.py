@@ -1,6 +1,6 @@
 """lit-gpt's checkpoints, both ways: TinyLlama's `.pth` (2023) and current litgpt's `lit_model.pth` with its YAML.
 
-Two dialects of one layout, told apart by their names:
+Two dialects of one layout, recognized by their names:
 
 | here                    | TinyLlama's lit_gpt  | litgpt          |
 |-------------------------|----------------------|-----------------|
@@ -63,9 +63,9 @@ _NAME = re.compile(r"transformer\.h\.(\d{1,6})\.(.+)")
 def open_checkpoint(path: str | Path, model: Model | None = None) -> Weights:
     """A lit-gpt checkpoint, opened without unpickling: wrapped in `model` beside an optimizer, or a bare state dict.
 
-    model: its configuration; absent, it is looked for in the file, in `model_config.yaml`, `lit_config.json` or
+    model: its configuration; absent, it is looked up in the file, in `model_config.yaml`, `lit_config.json` or
     `config.json` beside it, and by the name or exact shapes of TinyLlama's models. Raises CheckpointError if
-    there is none, for files that are no state dict, and for hostile ones (formats/safe_pickle.py).
+    there is none, for files that are not a state dict, and for hostile ones (formats/safe_pickle.py).
     """
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
@@ -168,7 +168,7 @@ def to_litgpt(model: Llama, dialect: Dialect = "litgpt") -> dict[str, Tensor]:
 def save_pth(model: Llama, path: str | Path, dialect: Dialect = "tinyllama") -> None:
     """Write a `.pth` for lit-gpt: bare for `litgpt`, under `model` with a plain `config` beside it for `tinyllama`.
 
-    It is a pickle of tensors, because lit-gpt reads nothing else. The caller gives the file its final name.
+    It is a pickle of tensors, because lit-gpt reads nothing else. Giving the file its final name is up to the caller.
     Raises CheckpointError (full disk, no permission).
     """
     path = Path(path)

@@ -37,6 +37,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "n_expert": (0,),
 }
 """Keys that must have one of these values, or be null or absent: everything else would be another model."""
+_LLAMA3 = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")} | {
+    "original_max_seq_len": "original_seq_len"
+}
+"""`rope_adjustments` of Llama 3's kind, and our names."""
 _DEFAULTS = {
     ("norm_class_name", "_norm_class"): "LayerNorm",
     ("mlp_class_name", "_mlp_class"): "GptNeoxMLP",
@@ -49,7 +53,7 @@ _DEFAULTS = {
 def find_config(file: Path, archive: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Model:
     """The configuration of a `.pth`: in it, beside it, or that of a TinyLlama model it names or exactly looks like.
 
-    Raises CheckpointError when none is found: the head size cannot be told from the weights.
+    Raises CheckpointError when none is found: the head size does not follow from the weights.
     """
     if isinstance(archive.get("config"), dict):
         return model_from_litgpt(archive["config"], f"{file}: config")
@@ -73,7 +77,7 @@ def find_config(file: Path, archive: Mapping[str, Any], shapes: Mapping[str, tup
         if f"transformer.h.{model.n_layer}.norm_1.weight" not in shapes and expected.items() <= shapes.items():
             return model
     raise CheckpointError(
-        f"{file} must come with its configuration, since heads cannot be counted from weights; found none. "
+        f"{file} must come with its configuration, because weights do not tell the number of heads; found none. "
         f"Put litgpt's model_config.yaml, lit_config.json or a Hugging Face config.json into {file.parent}"
     )
 
@@ -122,7 +126,7 @@ def _count(values: Mapping[str, Any], key: str, default: Any = None) -> int:
 
 
 def _scaling(values: Mapping[str, Any]) -> RopeScaling | None:
-    """Linear scaling from `rope_condense_ratio` or a lone factor; Llama 3's from its four values."""
+    """Linear scaling from `rope_condense_ratio` or a single factor; Llama 3's from its four values."""
     ratio = values.get("rope_condense_ratio", values.get("condense_ratio", 1))
     changed = values.get("rope_adjustments")
     if not changed:
@@ -131,27 +135,17 @@ def _scaling(values: Mapping[str, Any]) -> RopeScaling | None:
         raise ValueError("rope_condense_ratio and rope_adjustments exclude each other")
     if set(changed) == {"factor"}:
         return RopeScaling(rope_type="linear", factor=float(changed["factor"]))
-    if set(changed) != {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}:
+    if set(changed) != set(_LLAMA3):
         raise ValueError(f"rope_adjustments must be linear or Llama 3's; found {', '.join(map(str, changed))}")
-    return RopeScaling(
-        rope_type="llama3",
-        factor=float(changed["factor"]),
-        low_freq_factor=float(changed["low_freq_factor"]),
-        high_freq_factor=float(changed["high_freq_factor"]),
-        original_seq_len=int(changed["original_max_seq_len"]),
-    )
+    factors = {ours: float(changed[theirs]) for theirs, ours in _LLAMA3.items() if ours != "original_seq_len"}
+    return RopeScaling(rope_type="llama3", **factors, original_seq_len=int(changed["original_max_seq_len"]))
 
 
 def model_to_litgpt(model: Model) -> dict[str, Any]:
     """litgpt's Config fields of a model, plain values only; `Config(**fields)` builds it."""
     scaling, adjustments = model.rope_scaling, None
     if scaling is not None and scaling.rope_type == "llama3":
-        adjustments = {
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_seq_len": scaling.original_seq_len,
-        }
+        adjustments = {theirs: getattr(scaling, ours) for theirs, ours in _LLAMA3.items()}
     elif scaling is not None:
         adjustments = {"factor": scaling.factor}
     return {

@@ -52,8 +52,8 @@ def load_weights(
 ) -> Llama:
     """The model in eval mode, filled tensor by tensor: the model once in memory, plus one tensor.
 
-    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more that lie in one file
-    are mapped, not read (privately: writing to them leaves the file alone); `copy` reads them all the same.
+    dtype: absent, the one stored. On the CPU in that dtype, matrices of a megabyte and more whose parts are
+    in one file are mapped, not read (privately: writing to them does not change the file); `copy` reads them instead.
     Raises CheckpointError listing every tensor that does not fit.
     """
     weights = weights.check()
@@ -83,8 +83,8 @@ def load_weights(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection inside: a model being built is all live objects, and looking through them and all of
-    torch's takes longer than opening 1.1B parameters does."""
+    """No garbage collection inside: everything a model under construction allocates is alive, and a search through it
+    and through all of torch takes longer than opening 1.1B parameters."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -95,7 +95,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _map(tensors: list[LazyTensor], target: Tensor) -> Tensor | None:
-    """The values of `tensors`, one after the other, as memory mapped from their file; None where that cannot be."""
+    """The values of `tensors`, one after the other, as memory mapped from their file; None where that is impossible."""
     size = target.element_size()
     places = [t.place for t in tensors if t.place is not None and t.dtype == target.dtype]
     if target.numel() * size < _MAPPED_BYTES or len(places) < len(tensors) or len({path for path, _ in places}) > 1:

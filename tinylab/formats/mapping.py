@@ -1,4 +1,4 @@
-"""Parts of a file as one piece of memory, mapped and not read: a fused matrix whose rows lie apart in the file.
+"""Parts of a file as one piece of memory, mapped and not read: a fused matrix whose parts are apart in the file.
 
 Pages come from the file when they are touched, and a page that is written to becomes the process's own.
 """

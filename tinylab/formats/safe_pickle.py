@@ -16,7 +16,7 @@ from tinylab.errors import CheckpointError
 MAX_PICKLE_BYTES = 16 * 2**20
 """TinyLlama's own checkpoint with its optimizer needs about 100 KB."""
 MAX_OPCODES = 300_000
-"""About 25,000 for the same file; 40 a tensor."""
+"""The same file needs about 25,000, 40 per tensor."""
 
 STORAGES = {
     "DoubleStorage": "float64",
@@ -36,7 +36,7 @@ _PARAMETER = ("torch._utils", "_rebuild_parameter")
 _ORDERED = ("collections", "OrderedDict")
 _SIZE = ("torch", "Size")
 ALLOWED = frozenset({_TENSOR, _PARAMETER, _ORDERED, _SIZE} | {("torch", name) for name in STORAGES})
-"""Every (module, name) that may stand in a pickle."""
+"""Every (module, name) that a pickle may name."""
 
 
 class Global(NamedTuple):
@@ -90,8 +90,8 @@ def read(data: bytes, where: str) -> Any:
                 return reader.result()
             reader.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, MemoryError) as error:
-        raise CheckpointError(f"{where} must be a whole pickle; found a broken one ({error}). Copy it again") from None
-    raise CheckpointError(f"{where} must be a whole pickle; found no end. Copy it again")
+        raise CheckpointError(f"{where} must be a complete pickle; found damage ({error}). Copy it again") from None
+    raise CheckpointError(f"{where} must be a complete pickle; found no end. Copy it again")
 
 
 class _Reader:

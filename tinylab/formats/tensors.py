@@ -19,7 +19,7 @@ from tinylab.model.names import name_map
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
-"""Buffers that follow from the configuration; old checkpoints hold them."""
+"""Buffers that follow from the configuration; old checkpoints store them."""
 _SHOWN = 200
 
 
@@ -34,11 +34,11 @@ class LazyTensor:
     storage: str | None = None
     """Equal for tensors that are the same bytes of the file; None where the format cannot share."""
     place: tuple[Path, int] | None = None
-    """File and byte where the values stand in order, as they are in memory; None where they must be made."""
+    """File and first byte of the values, where they are stored as in memory; None where they must be computed."""
 
     @classmethod
     def stored(cls, path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-        """Values that stand in order in a file, from byte `start`."""
+        """Values that are stored as in memory, from byte `start` of a file."""
 
         def load() -> Tensor:
             values = torch.empty(shape, dtype=dtype)
@@ -117,9 +117,9 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
 
 
 def read_values(path: Path, start: int, out: Tensor) -> None:
-    """Fill `out` (on the CPU, its elements in order) from byte `start`: no mapping, no copy between. Other threads run.
+    """Fill `out` (on the CPU, contiguous) from byte `start`, without a copy in between; releases the interpreter lock.
 
-    Raises CheckpointError when the file cannot be read or ends before.
+    Raises CheckpointError when the file cannot be read or ends too early.
     """
     rest = out.detach().reshape(-1).view(torch.uint8).numpy().data
     try:

@@ -40,7 +40,7 @@ class _Member(NamedTuple):
 
 
 class _CappedFile(io.FileIO):
-    """A file that refuses to hand out more than a zip directory at once: zipfile reads it whole, whatever its size."""
+    """A file that refuses reads longer than a zip directory: zipfile reads the directory at once, whatever its size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -145,7 +145,7 @@ def _read_directory(path: Path) -> dict[str, _Member]:
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
-        raise CheckpointError(f"{path} must be a whole torch archive; found: {error}. Copy it again") from None
+        raise CheckpointError(f"{path} must be a complete torch archive; found: {error}. Copy it again") from None
 
 
 def _members(path: Path, file: io.FileIO, infos: list[zipfile.ZipInfo]) -> dict[str, _Member]:
