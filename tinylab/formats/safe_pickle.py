@@ -90,7 +90,9 @@ def read(data: bytes, where: str) -> Any:
                 return reader.result()
             reader.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, MemoryError) as error:
-        raise CheckpointError(f"{where} must be a complete pickle; found damage ({error}). Copy it again") from None
+        raise CheckpointError(
+            f"{where} must be a complete pickle; found a broken one ({error}). Copy it again"
+        ) from None
     raise CheckpointError(f"{where} must be a complete pickle; found no end. Copy it again")
 
 
