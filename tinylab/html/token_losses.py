@@ -21,7 +21,7 @@ def token_loss_html(table: Any, a: str = "A", b: str = "B") -> str:
     every token has its numbers in its tooltip, so that colour alone says nothing.
     """
     if not len(table):
-        return "<p>The text has no token to predict.</p>"
+        return "<p>The text has no tokens to predict.</p>"
     scale = max(float(table["delta"].abs().quantile(0.95)), 1e-6)
     spans = [
         _span(text, la, lb, delta, scale)

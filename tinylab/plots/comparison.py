@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from tinylab.plots.style import COLORS, FAINT, INK, LabFigure, Table, empty, label_ends, new_plot, write_behind
 
 _NO_TASK = "no task was scored for both checkpoints"
-_NO_TOKEN = "the text has no token to predict"
+_NO_TOKEN = "the text has no tokens to predict"
 
 
 def score_differences(table: Table, a: str = "A", b: str = "B") -> LabFigure:

@@ -90,11 +90,7 @@ def _published_rows(published: Table | None, reference: str) -> Any:
 
 
 def _family(label: str) -> str | None:
-    if label.startswith("Pythia"):
-        return FAMILIES["pythia"]
-    if label == "v1.1":
-        return FAMILIES["v1.1"]
-    return None if label.startswith("v1.1") else FAMILIES["v1.0"]
+    return FAMILIES.get("pythia" if label.startswith("Pythia") else label if label.startswith("v1.1") else "v1.0")
 
 
 def _own_panel(ax: Any, rows: Table, task: str) -> None:

@@ -1,4 +1,4 @@
-"""The look of every figure: palette, axes in tokens, direct labels, stage marks, captions."""
+"""The look of every figure: palette, axes in tokens, labels at the ends of curves, stage marks, captions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ AREAS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D")
 INK, FAINT, GRID = "#222222", "#666666", "#E3E3E3"
-DPI = 130
 
 
 class LabFigure(Figure):
     """A Figure that shows itself as a PNG in a notebook, without pyplot."""
 
-    def png(self, dpi: int = DPI) -> bytes:
+    def png(self, dpi: int = 130) -> bytes:
         """The figure as PNG bytes."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=dpi, facecolor="white")
@@ -120,21 +119,20 @@ def write_behind(
     )  # fmt: skip
 
 
-def mark_stages(ax: Axes, config: Any, *, names: bool = True) -> None:
-    """A thin line where a stage ends, and each stage's name at the top of its stretch; nothing for one stage."""
-    if config is None or len(config.stages) < 2:
+def mark_stages(ax: Axes, config: Any) -> None:
+    """A thin line where a stage ends, and each stage's name above its stretch; nothing for a run of one stage."""
+    if len(config.stages) < 2:
         return
     start = 0
     for stage, (_, last) in zip(config.stages, config.stage_bounds(), strict=True):
         end = config.tokens_at(last)
         if end < config.tokens:
             ax.axvline(end, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
-        if names:
-            ax.annotate(
-                stage.name, ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
-                textcoords="offset points", ha="center", va="bottom", fontsize=8.5, color=FAINT, annotation_clip=True,
-                parse_math=False,
-            )  # fmt: skip
+        ax.annotate(
+            stage.name, ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
+            textcoords="offset points", ha="center", va="bottom", fontsize=8.5, color=FAINT, annotation_clip=True,
+            parse_math=False,
+        )  # fmt: skip
         start = end
 
 

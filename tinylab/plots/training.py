@@ -169,7 +169,7 @@ def gradient_norm(runs: Sequence[Any]) -> LabFigure:
 
 
 def throughput(runs: Sequence[Any]) -> LabFigure:
-    """Tokens per second, share of time waiting for data, and peak memory over tokens; each run's median is named."""
+    """Tokens per second, with the median and the share of time spent waiting for data, and peak memory over tokens."""
     series = _series(runs)
     figure, axes = new_figure(
         _title("Speed and memory", series),

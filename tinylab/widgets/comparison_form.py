@@ -1,4 +1,4 @@
-"""A form over `compare_view`: choose two checkpoints, a text and prompts; results appear below, errors too."""
+"""A form over `compare_view`: choose two checkpoints, a text and prompts; results and errors appear below."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _WIDE = {"description_width": "13em"}
 _LINE = {"width": "34em"}
 _AREA = {"width": "50em", "height": "5em"}
 _ONE_LINE = {ord("\n"): r"\n", ord("\\"): r"\\"}
-"""How a prompt is written on one line of the form."""
+"""How a prompt is written in one line of the form."""
 
 
 class CompareCheckpoints:
-    """Two checkpoints compared on demand, in a browser or without one.
+    """Two checkpoints compared on demand, with a browser or without one.
 
-    a, b: REFs; when one is a checkpoint of a run, all checkpoints of that run can be chosen. `view` is a result that
-    is shown first and costs nothing; without it the first one is made when `static()` or the button asks for it.
-    The form works by keyboard, says its state in words, and its models stay loaded between questions.
+    a, b: REFs; when one is a checkpoint of a run, all checkpoints of that run can be chosen. `view` is a finished
+    result to show at first; without it, `static()` or the button makes the first one. The form works by keyboard,
+    states in words what it is doing, and keeps its models loaded between comparisons.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CompareCheckpoints:
         self.text = _control(ipywidgets.Textarea, "Text to score", text, layout=_AREA, continuous_update=False)
         lines = "\n".join(prompt.translate(_ONE_LINE) for prompt in prompts)
         self.prompts = _control(
-            ipywidgets.Textarea, "Prompts, one a line", lines, layout=_AREA, continuous_update=False
+            ipywidgets.Textarea, "Prompts, one per line", lines, layout=_AREA, continuous_update=False
         )
         self.length = _control(ipywidgets.IntSlider, "Continue (tokens)", 40, min=1, max=200, continuous_update=False)
         self.temperature = _control(
@@ -82,7 +82,7 @@ class CompareCheckpoints:
         return bundle(None if os.environ.get("TINYLAB_EXECUTOR") else self.form, self.static())
 
     def _start(self, _: Any = None) -> None:
-        """Answer the button at once; the work is a thread's, because models load slowly."""
+        """Answer the button at once; a thread does the work, because models load slowly."""
         if self._thread is not None and self._thread.is_alive():
             self.state.value = "still working: one comparison at a time"
             return
@@ -96,11 +96,8 @@ class CompareCheckpoints:
         lines = filter(None, self.prompts.value.split("\n"))
         prompts = [re.sub(r"\\([\\n])", lambda found: "\n" if found[1] == "n" else "\\", line) for line in lines]
         settings = {"text": self.text.value, "prompts": prompts, "max_new_tokens": self.length.value}
-        return (
-            str(self.a.value),
-            str(self.b.value),
-            settings | {"temperature": self.temperature.value, "seed": self.seed.value},
-        )
+        settings |= {"temperature": self.temperature.value, "seed": self.seed.value}
+        return str(self.a.value), str(self.b.value), settings
 
     def _compare(self, a: str, b: str, settings: dict[str, Any]) -> None:
         """Compare and show; whatever goes wrong is shown in the view, not lost in a log."""
@@ -142,5 +139,4 @@ def _choices(a: str, b: str) -> list[tuple[str, str]]:
 
 
 def _label(reference: Reference) -> str:
-    tokens = f", {format_count(reference.tokens)} tokens" if reference.tokens is not None else ""
-    return f"{reference.label}{tokens}"
+    return reference.label + (f", {format_count(reference.tokens)} tokens" if reference.tokens is not None else "")

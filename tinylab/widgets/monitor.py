@@ -1,11 +1,10 @@
-"""A live view of a run folder: tails `metrics.jsonl` by byte offset, never talks to the trainer."""
+"""A live view of a run folder: it follows `metrics.jsonl` by byte offset and never talks to the trainer."""
 
 from __future__ import annotations
 
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tinylab.config.counts import format_count, format_duration
@@ -16,11 +15,14 @@ from tinylab.runs.durable import read_lines
 from tinylab.runs.folder import Run
 from tinylab.widgets.show import Html
 
+INTERVAL_S = 1.0
+"""Seconds between two updates, at least."""
+
 REST = 15.0
-"""The view rests this many times as long as an update took, so that it costs a trainer beside it little."""
+"""The view rests this many times as long as an update took, so that it takes little from a trainer beside it."""
 
 TAIL = 1024
-"""Bytes before the offset, a line or two, that must still be there: a resume cuts lines and writes others."""
+"""Bytes before the offset, a line or two, that must be unchanged: a resume cuts lines off and writes others."""
 
 
 class Monitor:
@@ -29,9 +31,8 @@ class Monitor:
     Only the last state stays in a saved notebook. `.static()` is that state without a frontend.
     """
 
-    def __init__(self, run: Run | str, interval_s: float = 1.0) -> None:
+    def __init__(self, run: Run | str) -> None:
         self.run = run if isinstance(run, Run) else Run(run)
-        self.interval_s = max(1.0, interval_s)
         self._records: list[dict[str, Any]] = []
         self._offset = 0
         self._tail = b""
@@ -41,7 +42,7 @@ class Monitor:
         self._handle: Any = None
 
     def read(self) -> list[dict[str, Any]]:
-        """Every metrics line so far; only what is new is read. A resume that cut lines starts over."""
+        """Every metrics line so far. Only new lines are read; after a resume that cut lines off, all are read again."""
         path = self.run.metrics_path
         with self._lock:
             if _before(path, self._offset, len(self._tail)) != self._tail:
@@ -58,28 +59,22 @@ class Monitor:
         if not records:
             return rows | {"steps": "none yet"}
         last, config = records[-1], self.run.config
-        measured = [r for r in records if r.get("validation_loss") is not None]
-        recent = [r["tokens_per_s"] for r in records[-50:] if r.get("tokens_per_s")]
-        speed = sorted(recent)[len(recent) // 2] if recent else None
         rows["step"] = f"{last['step']:,} of {config.steps:,}"
         rows["tokens"] = f"{format_count(last['tokens'])} of {format_count(config.tokens)}"
-        rows["stage"] = str(last.get("stage", ""))
+        rows["stage"] = str(last["stage"])
         rows["training loss"] = f"{last['loss']:.3f} nats per token"
-        if measured:
-            first, newest = measured[0], measured[-1]
-            fall = f"{first['validation_loss']:.3f} → {newest['validation_loss']:.3f}"
-            rows["validation loss"] = f"{fall} nats per token (step {newest['step']:,})"
+        if measured := [r for r in records if r.get("validation_loss") is not None]:
+            first, newest = measured[0]["validation_loss"], measured[-1]["validation_loss"]
+            rows["validation loss"] = f"{first:.3f} → {newest:.3f} nats per token (step {measured[-1]['step']:,})"
         rows["learning rate"] = f"{last['lr']:.2e}"
-        if last.get("grad_norm") is not None:
-            rows["gradient norm"] = f"{last['grad_norm']:.2f} before clipping"
-        if speed:
-            rows["speed"] = f"{speed:,.0f} tokens/s (median of the last {len(recent)} steps)"
-            left = config.tokens - last["tokens"]
-            if left > 0 and status["state"] == "running":
-                rows["time left"] = f"about {format_duration(left / speed)}"
+        rows["gradient norm"] = f"{last['grad_norm']:.2f} before clipping"
+        recent = sorted(r["tokens_per_s"] for r in records[-50:])
+        speed, left = recent[len(recent) // 2], config.tokens - last["tokens"]
+        rows["speed"] = f"{speed:,.0f} tokens/s (median of the last {len(recent)} steps)"
+        if left > 0 and status["state"] == "running":
+            rows["time left"] = f"about {format_duration(left / speed)}"
         rows["MFU"] = "n/a (peak of this device unknown)" if last.get("mfu") is None else f"{last['mfu']:.1%}"
-        if last.get("peak_memory_gib") is not None:
-            rows["peak memory"] = f"{last['peak_memory_gib']:.2f} GiB"
+        rows["peak memory"] = f"{last['peak_memory_gib']:.2f} GiB"
         rows["checkpoints"] = str(len(self.run.checkpoints()))
         return rows
 
@@ -107,11 +102,11 @@ class Monitor:
         else:
             self._handle.update(view)
 
-    def follow(self, poll_s: float = 1.0) -> str:
+    def follow(self) -> str:
         """Watch until the run is no longer running (another process trains); its last state."""
         with self:
             while (state := self.run.status()["state"]) == "running":
-                time.sleep(poll_s)
+                time.sleep(INTERVAL_S)
         return state
 
     def __enter__(self) -> Monitor:
@@ -121,20 +116,18 @@ class Monitor:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         self.show()
 
     def _loop(self) -> None:
-        rest = self.interval_s
+        rest = INTERVAL_S
         while not self._stop.wait(rest):
             start = time.perf_counter()
             self.show()
-            rest = max(self.interval_s, REST * (time.perf_counter() - start))
+            rest = max(INTERVAL_S, REST * (time.perf_counter() - start))
 
 
 def _before(path: Path, offset: int, size: int) -> bytes:
@@ -148,13 +141,13 @@ def _before(path: Path, offset: int, size: int) -> bytes:
 
 
 def _state(status: dict[str, Any], run: Run) -> str:
+    state = str(status.get("state", "none"))
+    if state == "running":
+        return f"running, pid {status.get('pid')}"
     words = {
         "none": "not started",
-        "running": "running",
-        "done": "done",
         "stopped": "stopped after a checkpoint; run again to resume",
         "failed": "failed; see the journal",
-        "lost": "lost: it says running, but its process is gone; run again to resume",
+        "lost": "lost: the status says running, but the process is gone; run again to resume",
     }
-    state = str(status.get("state", "none"))
-    return f"{words.get(state, state)} ({run.path.name})" if state != "running" else f"running, pid {status.get('pid')}"
+    return f"{words.get(state, state)} ({run.name})"
