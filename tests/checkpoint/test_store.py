@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tinylab.checkpoint import store
-from tinylab.checkpoint.store import Snapshot, latest_good, load_trainer, prune, save_checkpoint, saves_at
+from tinylab.checkpoint.retention import prune, saves_at
+from tinylab.checkpoint.store import Snapshot, commit_checkpoint, latest_good, load_trainer
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, RunConfig, Saving, Schedule, Source, Stage
 from tinylab.errors import CheckpointError
@@ -58,7 +59,7 @@ def run(tmp_path: Path) -> Run:
 
 def save(run: Run, shards: Any, *steps: int) -> None:
     for step in steps:
-        save_checkpoint(run, snapshot(step), MODEL, shards)
+        commit_checkpoint(run, snapshot(step), MODEL, shards)
 
 
 def test_saves_are_at_early_steps_crossings_and_stage_ends():
@@ -266,7 +267,7 @@ def test_a_damaged_checkpoint_is_set_aside_from_another_disk_too(run: Run, shard
 def test_another_format_version_is_refused(run: Run, shards: Any):
     saved = snapshot(1)
     saved.record["format_version"] = 2
-    save_checkpoint(run, saved, MODEL, shards)
+    commit_checkpoint(run, saved, MODEL, shards)
     with pytest.raises(CheckpointError, match=r"format_version 1; found 2\. Resume with the tinylab that wrote it"):
         latest_good(run)
     assert run.checkpoints(), "it is not damaged, only newer: it stays"

@@ -67,7 +67,7 @@ BAD_INPUT = [
         "must be a multiple of model.seq_len (256); nearest valid: 768 or 1024",
     ),
     (["train", "r", "--set", "model.vocab_size=5000"], 2, "model.vocab_size (5000) must equal data.vocab_size (4096)"),
-    (["train", "r@1"], 2, "the name of a run must hold no @, which parts it from a step; found 'r@1'"),
+    (["train", "r@1"], 2, "the name of a run must not contain @, which stands before a step in RUN@STEP; found 'r@1'"),
     (["train", "r", "--set", "model.n_head=7"], 2, "nearest valid: 8"),
     (["batch", "r", "--step", "1"], 3, "must hold a run (config.toml); found none"),
     (["runs"], 3, "found none. Start one: tinylab train mine"),

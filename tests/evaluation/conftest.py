@@ -37,7 +37,7 @@ def _code(rng: random.Random) -> str:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """`data` (prepared folder), `run` (a Run), `checkpoints` (two folders with different weights), `config`."""
-    from tinylab.checkpoint.store import Snapshot, save_checkpoint
+    from tinylab.checkpoint.store import Snapshot, commit_checkpoint
     from tinylab.data.prepare import prepare
     from tinylab.model.transformer import Llama
     from tinylab.runs.folder import Run
@@ -82,5 +82,5 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         }
         record |= {"boundary": "eos"}
         snapshot = Snapshot(weights=model.state_dict(), optimizer={}, rng={}, record=record)
-        checkpoints.append(save_checkpoint(run, snapshot, config.model, shards))
+        checkpoints.append(commit_checkpoint(run, snapshot, config.model, shards))
     yield SimpleNamespace(root=root, data=root / "data", shards=shards, run=run, checkpoints=checkpoints, config=config)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tinylab.checkpoint.state import build_state
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, Optimizer, RunConfig, Schedule, Source, Stage
 from tinylab.data.loader import MicroBatch
@@ -17,7 +18,6 @@ from tinylab.formats.huggingface_config import config_values
 from tinylab.model.names import to_huggingface
 from tinylab.model.transformer import Llama
 from tinylab.optim.schedule import lr_at
-from tinylab.training.state import build_state
 from tinylab.training.step import train_step
 
 STEPS, SEQUENCES, LENGTH = 50, 4, 32
@@ -41,7 +41,7 @@ def batches() -> list[torch.Tensor]:
 def our_losses(run: RunConfig, micro_batch: int) -> tuple[Llama, list[float]]:
     """The trained model and its losses: the training loop's own state, step and schedule."""
     context = Context(device=torch.device("cpu"))
-    state, _ = build_state(run, context, None)
+    state = build_state(run, context, None)
     losses = []
     for step, ids in enumerate(batches(), 1):
         parts = [MicroBatch(rows[:, :-1], rows[:, 1:], None) for rows in ids.split(micro_batch)]

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from papermill import inspect_notebook
 
-from tinylab.checkpoint.store import early_steps
+from tinylab.checkpoint.retention import early_steps
 from tinylab.config import presets
 from tinylab.demo import demo
 from tinylab.errors import ConfigError, NothingFoundError

@@ -20,6 +20,7 @@ import traceback
 import torch
 import torch._dynamo  # the first optimizer would import it in every child
 
+from tinylab.checkpoint.retention import saves_at
 from tinylab.config.io import load_run
 from tinylab.errors import TinylabError
 from tinylab.runs.folder import Run
@@ -30,13 +31,16 @@ assert torch
 
 
 class SignalAt(Hook):
-    """Sends this process a signal in the middle of a step's bookkeeping, once."""
+    """Sends this process a signal in the middle of a step's bookkeeping, when every earlier save is committed."""
 
-    def __init__(self, step: int, number: int) -> None:
-        self._step, self._number = step, number
+    def __init__(self, step: int, number: int, run: Run) -> None:
+        self._step, self._number, self._run = step, number, run
 
     def step(self, record: dict) -> None:
         if record["step"] == self._step:
+            saved = {step for step in range(1, self._step) if saves_at(self._run.config, step)}
+            while not saved <= {line.get("step") for line in self._run.journal() if line["event"] == "committed"}:
+                time.sleep(0.001)
             os.kill(os.getpid(), self._number)
 
 
@@ -66,8 +70,8 @@ def run_child(request: dict, stderr: int) -> int:
     os.environ.update(request["env"])
     if request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
-    hooks: list[Hook] = [SignalAt(*request["signal_at"])] if request.get("signal_at") else []
     run = Run(request["run"])
+    hooks: list[Hook] = [SignalAt(*request["signal_at"], run)] if request.get("signal_at") else []
     if request.get("draws"):
         hooks.append(Draws())
     if request.get("stop_at"):

@@ -15,7 +15,7 @@ import pytest
 from tinylab.config.schema import RunConfig
 from tinylab.errors import DataError, RunStopped
 from tinylab.runs.folder import Run
-from tinylab.training import hooks, loop
+from tinylab.training import hooks, loop, opening
 from tinylab.training.hooks import Heartbeat, Progress, StopRequest, progress_hooks
 
 
@@ -153,7 +153,7 @@ def test_the_preparation_of_data_speaks_only_where_progress_is_wanted(
         given.append(progress)
         raise DataError("enough")
 
-    monkeypatch.setattr(loop, "prepare", prepare)
+    monkeypatch.setattr(opening, "prepare", prepare)
     with pytest.raises(DataError, match="enough"):
         loop.train(tiny_config, Run(tmp_path / "run"), progress=progress)
     assert given == [None] if progress else given[0]("a line") is None

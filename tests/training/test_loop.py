@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tinylab.runs.metrics import UNITS
 from tinylab.training import loop
 from tinylab.training.hooks import Hook
 from tinylab.training.opening import open_run
+
+KILL = int(signal.SIGKILL)
 
 
 def copy_of(run: Run, folder: Path) -> Run:
@@ -171,7 +174,7 @@ def test_run_and_data_may_move_to_another_place(trainer: Any, reference: Run, tm
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     config = override(trainer.config, [f"data.path={old}/shards"])
-    assert trainer.go(old / "run", config, failpoint="step.logged:6").code == -signal.SIGKILL
+    assert trainer.go(old / "run", config, signal_at=(6, KILL)).code == -signal.SIGKILL
     old.rename(new)
     run = Run(new / "run")
     ended = trainer.go(run.path, override(config, [f"data.path={new}/shards"]))
@@ -196,6 +199,8 @@ def test_a_run_whose_folder_was_replaced_writes_nothing_into_the_new_one(
     class Replace(Hook):
         def step(self, record: dict[str, Any]) -> None:
             if record["step"] == 3:
+                while [x["event"] for x in run.journal()].count("committed") < 2:
+                    time.sleep(0.001)  # steps 1 and 2
                 shutil.rmtree(run.path)
                 run.create(trainer.config, {})
                 (run.path / "lock").touch()
@@ -209,7 +214,7 @@ def test_a_run_whose_folder_was_replaced_writes_nothing_into_the_new_one(
 
 def test_other_data_under_the_same_name_are_refused(reference: Run, trainer: Any, tmp_path: Path):
     run = Run(tmp_path / "run")
-    assert trainer.go(run.path, failpoint="step.logged:6").code == -signal.SIGKILL
+    assert trainer.go(run.path, signal_at=(6, KILL)).code == -signal.SIGKILL
     for record in run.path.glob("checkpoints/*/trainer/trainer.json"):
         text = record.read_text()
         fingerprint = json.loads(text)["data_fingerprint"]
@@ -246,7 +251,7 @@ def test_the_newest_checkpoint_is_replaced_by_the_newest_good_one(
     trainer: Any, reference: Run, assert_nothing_lost: Any, tmp_path: Path
 ):
     run = Run(tmp_path / "run")
-    assert trainer.go(run.path, failpoint="step.logged:23").code == -signal.SIGKILL
+    assert trainer.go(run.path, signal_at=(23, KILL)).code == -signal.SIGKILL
     weights = run.checkpoints_path / "step-00000020" / "model-00001-of-00001.safetensors"
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
@@ -272,7 +277,7 @@ def test_a_finished_run_whose_end_was_damaged_ends_once_more(trainer: Any, refer
 
 def test_a_run_without_any_good_checkpoint_is_explained(trainer: Any, tmp_path: Path):
     run = Run(tmp_path / "run")
-    assert trainer.go(run.path, failpoint="step.logged:3").code == -signal.SIGKILL
+    assert trainer.go(run.path, signal_at=(3, KILL)).code == -signal.SIGKILL
     for folder in run.checkpoints():
         (folder / "config.json").unlink()
     for _ in range(2):
@@ -285,7 +290,7 @@ def test_a_write_that_fails_names_the_path_and_loses_nothing(
     trainer: Any, reference: Run, assert_nothing_lost: Any, tmp_path: Path
 ):
     run = Run(tmp_path / "run")
-    assert trainer.go(run.path, failpoint="step.logged:6").code == -signal.SIGKILL
+    assert trainer.go(run.path, signal_at=(6, KILL)).code == -signal.SIGKILL
     kept = {p: p.read_bytes() for p in run.checkpoints_path.rglob("*") if p.is_file()}
     ended = trainer.go(run.path, file_bytes=60_000)
     assert ended.code == 1 and "cannot write" in ended.stderr and "step-" in ended.stderr, ended

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tinylab.checkpoint.state import TrainState
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Optimizer, Parallel
 from tinylab.data.loader import MicroBatch, StepBatch
@@ -16,7 +17,6 @@ from tinylab.dist.context import Context
 from tinylab.errors import TinylabError
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_adamw
-from tinylab.training.state import TrainState
 from tinylab.training.step import agree, train_step
 
 MODEL = Model(vocab_size=50, n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=32, seq_len=8)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinylab.checkpoint.state import TrainState, build_state
 from tinylab.config.architecture import Model
 from tinylab.config.presets import preset as find_preset
 from tinylab.config.schema import RunConfig
@@ -23,7 +24,6 @@ from tinylab.errors import ConfigError, TinylabError
 from tinylab.model.accounting import flops_per_token, parameter_counts
 from tinylab.model.names import to_huggingface
 from tinylab.model.precision import Precision, autocast, resolve_precision
-from tinylab.training.state import TrainState, build_state
 from tinylab.training.step import train_step
 
 FP32_LIMIT = 1e-4
@@ -121,7 +121,7 @@ def _batches(config: RunConfig, device: torch.device) -> list[MicroBatch]:
 
 
 def _our_state(config: RunConfig, context: Context) -> TrainState:
-    return build_state(config, context, None)[0]
+    return build_state(config, context, None)
 
 
 def _our_step(

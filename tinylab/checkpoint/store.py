@@ -1,4 +1,4 @@
-"""Checkpoints of a run: committed whole, verified before use, set aside when damaged, pruned only behind a newer one.
+"""Checkpoints of a run on disk: committed, found again, verified before use, set aside when damaged.
 
     checkpoints/step-00000500/
         config.json, model*.safetensors, tokenizer …    a Hugging Face model folder
@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinylab.config.architecture import Model
-from tinylab.config.schema import RunConfig
 from tinylab.data.shards.reader import ShardSet
 from tinylab.errors import CheckpointError
 from tinylab.formats.huggingface import save_weights
@@ -57,7 +56,7 @@ class Snapshot:
     """Plain values of `trainer.json`; `step` and `tokens` at least."""
 
 
-def save_checkpoint(run: Run, snapshot: Snapshot, model: Model, shards: ShardSet) -> Path:
+def commit_checkpoint(run: Run, snapshot: Snapshot, model: Model, shards: ShardSet) -> Path:
     """Commit the checkpoint of `snapshot.record["step"]` with its journal line, and return its folder.
 
     The tokenizer's files of `shards` are copied beside the weights.
@@ -73,6 +72,7 @@ def save_checkpoint(run: Run, snapshot: Snapshot, model: Model, shards: ShardSet
     failpoint("save.begun")
     try:
         _fill(temporary, snapshot, model, shards)
+        run.require_place()
         commit_folder(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -130,7 +130,7 @@ def latest_good(run: Run) -> tuple[Path | None, list[str]]:
     notes: list[str] = []
     journal = run.journal()
     for folder in sorted(_step_folders(run), key=_step, reverse=True):
-        problems = _problems(folder)
+        problems = problems_of(folder)
         if problems:
             notes.append(_set_aside(run, folder, problems))
             failpoint("resume.set_aside")
@@ -157,7 +157,7 @@ def _step(folder: Path) -> int:
     return step_of(folder.name) or 0
 
 
-def _problems(folder: Path) -> list[str]:
+def problems_of(folder: Path) -> list[str]:
     """Why a checkpoint must not be used; empty when it holds."""
     try:
         problems = verify_folder(folder)
@@ -191,12 +191,12 @@ def _set_aside(run: Run, folder: Path, problems: list[str]) -> str:
 def _remove_leftovers(run: Run) -> None:
     """Remove what a killed save or prune left behind."""
     for path in run.checkpoints_path.glob(f"{TEMPORARY_PREFIX}*"):
-        _remove(path)
+        remove(path)
     failpoint("resume.cleaned")
 
 
-def _remove(path: Path) -> None:
-    """Delete a folder; a delete that fails is told, not fatal."""
+def remove(path: Path) -> None:
+    """Delete a folder, or warn that it could not be deleted: the run does not end for that."""
     try:
         shutil.rmtree(path)
     except OSError as error:
@@ -227,58 +227,3 @@ def load_trainer(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / 'trainer'} must hold readable safetensors; found: {error}") from error
     return record, optimizer, rng
-
-
-def is_regular(config: RunConfig, step: int) -> bool:
-    """Whether the checkpoint of `step` exists only because `saving.every_tokens` passed: retention may remove it."""
-    permanent = step in early_steps(config) or step in {last for _, last in config.stage_bounds()}
-    return not permanent
-
-
-def early_steps(config: RunConfig) -> list[int]:
-    """Steps 1, 2, 4, 8, … below the first regular checkpoint; none when `saving.early` is off."""
-    steps, step = [], 1
-    while config.saving.early and step <= config.steps and config.tokens_at(step) < config.saving.every_tokens:
-        steps.append(step)
-        step *= 2
-    return steps
-
-
-def saves_at(config: RunConfig, step: int) -> bool:
-    """Whether the run commits a checkpoint after `step`: early steps, each crossing of every_tokens, stage ends."""
-    every = config.saving.every_tokens
-    crossed = config.tokens_at(step) // every > config.tokens_at(step - 1) // every
-    return crossed or not is_regular(config, step)
-
-
-def prune(run: Run, config: RunConfig) -> list[int]:
-    """Remove regular checkpoints beyond the newest `saving.keep`, and return their steps.
-
-    Only after the newest checkpoint, just committed, was read back and equals its manifest; nothing is removed
-    otherwise. Early and stage-end checkpoints stay.
-    """
-    if config.saving.keep is None:
-        return []
-    folders = run.checkpoints()
-    regular = [p for p in folders if is_regular(config, _step(p))]
-    surplus = regular[: -config.saving.keep]
-    if not surplus:
-        return []
-    problems = _problems(folders[-1])
-    if problems:
-        raise CheckpointError(
-            f"{folders[-1]} must equal its manifest right after its commit; found {'; '.join(problems)}. "
-            "No older checkpoint was removed. Check the disk and repeat the same command"
-        )
-    failpoint("prune.verified")
-    for folder in surplus:
-        doomed = folder.with_name(f"{TEMPORARY_PREFIX}prune-{folder.name}")
-        try:
-            folder.rename(doomed)
-        except OSError as error:
-            print(f"warning: cannot remove {folder}: {error.strerror}", file=sys.stderr)
-            continue
-        failpoint("prune.renamed")
-        _remove(doomed)
-        failpoint("prune.removed")
-    return [_step(p) for p in surplus]

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from tinylab.config.schema import Parallel
 from tinylab.errors import LaunchError
 
 TIMEOUT_S = 600.0
 """How long a collective may wait for a slow or dead rank."""
+POLL_S = 0.2
+"""How often a waiting rank looks for rank 0's note."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,8 @@ class Context:
     """Number of processes on this machine."""
     threads: int = 1
     """CPU threads of this process."""
+    store: Store | None = None
+    """Where ranks leave each other notes outside of collectives; None for one process."""
 
     @property
     def is_main(self) -> bool:
@@ -76,6 +85,30 @@ class Context:
         if self.world > 1:
             self.sum_integers([0])
 
+    def after_main(self, on_main: Callable[[], T], on_others: Callable[[], T], what: str) -> T:
+        """`on_main()` on rank 0, and when it returned, `on_others()` on the other ranks. Once per `what`.
+
+        They wait for as long as it takes: no collective is under way that could time out. Raises LaunchError on the
+        other ranks within seconds when it failed, naming the error.
+        """
+        if self.store is None:
+            return on_main()
+        key = f"after main: {what}"
+        if self.is_main:
+            try:
+                result = on_main()
+            except BaseException as error:
+                self.store.set(key, str(error) or type(error).__name__)
+                raise
+            self.store.set(key, "")
+            return result
+        while not self.store.check([key]):
+            time.sleep(POLL_S)
+        failure = self.store.get(key).decode()
+        if failure:
+            raise LaunchError(f"rank 0 must have {what} ready before the other ranks begin; it failed: {failure}")
+        return on_others()
+
 
 @contextmanager
 def open_context(parallel: Parallel) -> Iterator[Context]:
@@ -94,20 +127,24 @@ def open_context(parallel: Parallel) -> Iterator[Context]:
     device = _device(parallel.device, local_rank)
     threads = parallel.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
     torch.set_num_threads(threads)
-    context = Context(rank=rank, world=world, local_world=local_world, device=device, threads=threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    context = Context(rank=rank, world=world, local_world=local_world, device=device, threads=threads)
     if world == 1:
         yield context
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=TIMEOUT_S)
     try:
-        distributed.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S))
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+        group_store = PrefixStore("group", store)
+        distributed.init_process_group(backend, rank=rank, world_size=world, store=group_store, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {rank} of {world} must reach the others at MASTER_ADDR:MASTER_PORT; found: {error}. "
             "Start all ranks with torchrun"
         ) from error
+    context = replace(context, store=PrefixStore("notes", store))
     try:
         with other_ranks_alive(context):
             yield context

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tinylab.config.schema import Parallel
 from tinylab.dist.context import Context
+from tinylab.model.precision import resolve_precision
 
 
 def strategy_of(parallel: Parallel, context: Context) -> str:
@@ -27,6 +28,16 @@ def strategy_of(parallel: Parallel, context: Context) -> str:
     if parallel.strategy == "auto":
         return "fsdp" if context.device.type == "cuda" else "ddp"
     return parallel.strategy
+
+
+def layout_of(parallel: Parallel, context: Context) -> dict[str, Any]:
+    """How the work is laid out: what may change the last bits of the weights between two starts."""
+    return {
+        "world_size": context.world,
+        "threads": context.threads,
+        "device": context.device.type,
+        "precision": resolve_precision(context.device, parallel.precision),
+    }
 
 
 def shard_model(model: nn.Module, parallel: Parallel, context: Context) -> None:
@@ -83,11 +94,11 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole and on the CPU, one at a time, on ranks that `keep`; others only take part."""
+    """Copies of whole tensors in CPU memory, one at a time, on ranks that `keep`; the others only take part."""
     for name, tensor in tensors.items():
         whole = whole_tensor(tensor.detach())
         if keep:
-            yield name, whole.cpu()
+            yield name, whole.to("cpu", copy=True)
 
 
 def like(whole: Tensor, model_tensor: Tensor) -> Tensor:
@@ -98,12 +109,3 @@ def like(whole: Tensor, model_tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, model_tensor.device_mesh, model_tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
-
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of whole tensors: equal weights, equal digest."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,7 +1,8 @@
 """The recipe of a run, top to bottom: data, state, steps, validation, metrics, checkpoints, end.
 
-One function starts a run and resumes it. Killed at any moment and called again with the same configuration, it goes
-on from the last committed checkpoint, and ends bit-equal to the run that was never killed (same machine, same ranks).
+One function starts a run and resumes it. Killed at any moment and called again with the same configuration, it
+continues from the last committed checkpoint and ends bit-equal to the run that was never killed (same machine, same
+ranks).
 """
 
 from __future__ import annotations
@@ -9,31 +10,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
-from tinylab.checkpoint.store import prune, save_checkpoint, saves_at
-from tinylab.config.digest import DIGEST_VERSION, config_digest
+from tinylab.checkpoint.checkpointer import Checkpointer
+from tinylab.checkpoint.retention import saves_at
+from tinylab.checkpoint.state import TrainState
 from tinylab.config.schema import RunConfig
 from tinylab.data.loader import Loader, StepBatch
-from tinylab.data.prepare import prepare
-from tinylab.data.shards.reader import ShardSet
 from tinylab.dist.context import Context, open_context, other_ranks_alive
 from tinylab.errors import RunStopped, TinylabError
 from tinylab.model.precision import resolve_precision
 from tinylab.optim.schedule import check_schedule, lr_at
 from tinylab.runs.durable import failpoint
 from tinylab.runs.folder import Run, step_of
-from tinylab.runs.metrics import MetricsLog
 from tinylab.training.hooks import Heartbeat, Hook, StopRequest, progress_hooks
+from tinylab.training.job import Job
 from tinylab.training.meter import Meter
-from tinylab.training.opening import (
-    begin_lineage,
-    layout_of,
-    one_trainer,
-    open_run,
-    require_fitting_data,
-)
-from tinylab.training.state import TrainState, build_state, take_snapshot
+from tinylab.training.opening import begin_lineage, one_trainer, open_data, open_run
 from tinylab.training.step import agree, train_step
 from tinylab.training.validation import Validator
 
@@ -56,41 +50,41 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
                 if context.is_main:
                     print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)
                 return run
-            shards = prepare(config.data, progress=None if progress else lambda line: None)
-            require_fitting_data(config, shards, checkpoint)
-            state, record = build_state(config, context, checkpoint)
-            begin_lineage(run, config, shards, context, record)
+            shards = open_data(config, context, checkpoint, progress=progress)
+            job = Job(config=config, run=run, context=context, shards=shards)
             called = [heartbeat, *progress_hooks(progress), *hooks] if context.is_main else []
-            loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
-            with other_ranks_alive(context, lambda: state.step), loader, _following(called, config, state.step):
-                stop.defer()
-                _steps(config, run, context, shards, state, loader, stop, called)
+            with Checkpointer(run, config, context, shards, checkpoint) as checkpointer:
+                state = checkpointer.resume()
+                begin_lineage(job, checkpoint)
+                loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
+                with other_ranks_alive(context, lambda: state.step), loader, _following(called, config, state.step):
+                    stop.defer()
+                    _steps(job, state, loader, stop, checkpointer, called)
     return run
 
 
 def _steps(
-    config: RunConfig,
-    run: Run,
-    context: Context,
-    shards: ShardSet,
+    job: Job,
     state: TrainState,
     loader: Iterable[StepBatch],
     stop: StopRequest,
+    checkpointer: Checkpointer,
     hooks: Sequence[Hook],
 ) -> None:
     """Every step that is left, each with its line of metrics, and the checkpoints between them."""
+    config, context = job.config, job.context
     precision = resolve_precision(context.device, config.parallel.precision)
-    validator = Validator(config, shards, context, precision)
+    validator = Validator(config, job.shards, context, precision)
     meter = Meter(config, context)
-    log = MetricsLog(run.metrics_path)
-    committed = state.step
     for batch in meter.timed(loader):
+        _tell(hooks, checkpointer.poll())
         data_hash, targets, stopping = agree(context, batch, stop.requested())
         if stopping:
-            if committed != state.step:
-                _commit(config, run, context, shards, state, log, hooks)
+            if checkpointer.saved_step != state.step:
+                checkpointer.save(state)
+            _tell(hooks, checkpointer.close())
             raise stop.stopped(f"after step {state.step} of {config.steps}")
-        _announce_stage(config, run, context, batch.step)
+        _announce_stage(job, batch.step)
         lr = lr_at(config, batch.step)
         clip_norm = config.optimizer.clip_norm
         result = train_step(
@@ -98,58 +92,29 @@ def _steps(
         )
         record = meter.record(state, result, lr, data_hash) | validator.after(state.model, state.step)
         if context.is_main:
-            run.require_place()
-            log.append(record)
+            job.run.require_place()
+            job.log.append(record)
             failpoint("step.logged")
         for hook in hooks:
             hook.step(record)
         if saves_at(config, state.step):
-            _commit(config, run, context, shards, state, log, hooks)
-            committed = state.step
+            checkpointer.save(state)
+    _tell(hooks, checkpointer.close())
 
 
-def _commit(
-    config: RunConfig,
-    run: Run,
-    context: Context,
-    shards: ShardSet,
-    state: TrainState,
-    log: MetricsLog,
-    hooks: Sequence[Hook],
-) -> None:
-    """Commit a checkpoint of the state, then remove what retention allows."""
-    snapshot = take_snapshot(state, context, _trainer_record(config, context, shards, state))
-    if snapshot is not None:
-        log.sync()
-        folder = save_checkpoint(run, snapshot, config.model, shards)
-        prune(run, config)
+def _tell(hooks: Sequence[Hook], committed: Sequence[Path]) -> None:
+    """Tell the hooks of new checkpoints."""
+    for folder in committed:
         for hook in hooks:
             hook.checkpoint(folder)
-    context.wait()
 
 
-def _trainer_record(config: RunConfig, context: Context, shards: ShardSet, state: TrainState) -> dict[str, Any]:
-    """Plain values of `trainer.json`."""
-    tokenizer = shards.manifest["tokenizer"]
-    return {
-        "step": state.step,
-        "tokens": config.tokens_at(state.step),
-        "stage": config.stages[config.stage_index(state.step)].name,
-        "hours": state.hours,
-        **layout_of(config, context),
-        "data_fingerprint": shards.fingerprint,
-        "tokenizer_hash": tokenizer["hash"],
-        "boundary": tokenizer["boundary"],
-        "config_digest": config_digest(config),
-        "config_digest_version": DIGEST_VERSION,
-    }
-
-
-def _announce_stage(config: RunConfig, run: Run, context: Context, step: int) -> None:
+def _announce_stage(job: Job, step: int) -> None:
     """Write the journal line of the stage that begins with `step`, if one does."""
+    config = job.config
     for stage, (first, _) in zip(config.stages, config.stage_bounds(), strict=True):
-        if context.is_main and step == first:
-            run.write_journal("stage", stage=stage.name, step=step - 1, tokens=config.tokens_at(step - 1))
+        if job.context.is_main and step == first:
+            job.run.write_journal("stage", stage=stage.name, step=step - 1, tokens=config.tokens_at(step - 1))
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from tinylab.checkpoint.state import TrainState
 from tinylab.config.schema import RunConfig
 from tinylab.data.loader import StepBatch
 from tinylab.data.order import format_hash
 from tinylab.dist.context import Context
 from tinylab.model.accounting import flops_per_token
 from tinylab.model.devices import bf16_peak_flops
-from tinylab.training.state import TrainState
 from tinylab.training.step import StepResult
 
 

@@ -9,20 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinylab.checkpoint.store import latest_good, prune, read_record
+from tinylab.checkpoint.retention import prune
+from tinylab.checkpoint.store import latest_good, read_record
 from tinylab.config.digest import config_digest
 from tinylab.config.io import run_to_dict, run_to_toml
 from tinylab.config.schema import Parallel, RunConfig
 from tinylab.data.loader import validation_windows
 from tinylab.data.order import check_ranks
-from tinylab.data.shards.reader import ShardSet
+from tinylab.data.prepare import data_path, prepare
+from tinylab.data.shards.reader import ShardSet, open_shards
 from tinylab.dist.context import Context
+from tinylab.dist.parallel import layout_of
 from tinylab.errors import CheckpointError, ConfigError, DataError
-from tinylab.model.precision import resolve_precision
 from tinylab.runs.durable import disk_error, failpoint, write_atomic
 from tinylab.runs.folder import Run, step_name
-from tinylab.runs.metrics import MetricsLog
 from tinylab.runs.provenance import provenance
+from tinylab.training.job import Job
 
 FREE_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision") | {"data.path"}
 """Keys that may change between two starts: the layout of the work, which shifts at most the last bits of the weights,
@@ -39,7 +41,10 @@ def one_trainer(run: Run, context: Context) -> Iterator[None]:
         yield
         return
     if "@" in run.name and not run.exists():
-        raise ConfigError(f"the name of a run must hold no @, which parts it from a step; found {run.name!r}")
+        raise ConfigError(
+            f"the name of a run must not contain @, which stands before a step in RUN@STEP; found {run.name!r}. "
+            "Choose another name"
+        )
     try:
         run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -123,6 +128,19 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def open_data(config: RunConfig, context: Context, checkpoint: Path | None, *, progress: bool) -> ShardSet:
+    """The prepared data of the run, checked to fit it; rank 0 prepares them first if need be, the others wait.
+
+    Raises DataError and CheckpointError as `prepare` and `require_fitting_data` do.
+    """
+    say = None if progress else lambda line: None
+    shards = context.after_main(
+        lambda: prepare(config.data, progress=say), lambda: open_shards(data_path(config.data)), "the data"
+    )
+    require_fitting_data(config, shards, checkpoint)
+    return shards
+
+
 def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path | None) -> None:
     """Refuse data before the first step: DataError when vocabulary, sources or validation split do not fit,
     CheckpointError when they are not the data that the checkpoint was trained on."""
@@ -143,32 +161,21 @@ def require_fitting_data(config: RunConfig, shards: ShardSet, checkpoint: Path |
         )
 
 
-def layout_of(config: RunConfig, context: Context) -> dict[str, Any]:
-    """How the work is laid out: what may change the last bits of the weights between two starts."""
-    return {
-        "world_size": context.world,
-        "threads": context.threads,
-        "device": context.device.type,
-        "precision": resolve_precision(context.device, config.parallel.precision),
-    }
-
-
-def begin_lineage(run: Run, config: RunConfig, shards: ShardSet, context: Context, record: dict[str, Any]) -> None:
-    """Rank 0: cut the metrics to the checkpoint's step and write `started` or `resumed` into the journal.
-
-    `record` is the checkpoint's trainer.json, empty before the first checkpoint.
-    """
-    if not context.is_main:
+def begin_lineage(job: Job, checkpoint: Path | None) -> None:
+    """Rank 0: cut the metrics to the checkpoint's step and write `started` or `resumed` into the journal."""
+    if not job.context.is_main:
         return
+    record = read_record(checkpoint) if checkpoint else {}
     step = record.get("step", 0)
-    layout = layout_of(config, context)
-    begun = any(line["event"] == "started" for line in run.journal())
-    repeated = MetricsLog(run.metrics_path).cut_after(step)
+    layout = layout_of(job.config.parallel, job.context)
+    begun = any(line["event"] == "started" for line in job.run.journal())
+    repeated = job.log.cut_after(step)
     failpoint("begin.metrics_cut")
-    more: dict[str, Any] = {"step": step, "tokens": config.tokens_at(step), "data_fingerprint": shards.fingerprint}
+    fingerprint = job.shards.fingerprint
+    more: dict[str, Any] = {"step": step, "tokens": job.config.tokens_at(step), "data_fingerprint": fingerprint}
     if begun:
         more["repeated_steps"] = len(repeated)
         more["repeated_s"] = round(sum(line["step_time_s"] for line in repeated), 3)
         more["changed"] = {k: [record[k], v] for k, v in layout.items() if record.get(k, v) != v}
-    run.write_journal("resumed" if begun else "started", **more, **layout)
+    job.run.write_journal("resumed" if begun else "started", **more, **layout)
     failpoint("begin.journaled")

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tinylab.checkpoint.state import TrainState
 from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import average_gradients, exchange_with_last, whole_tensor
 from tinylab.errors import TinylabError
 from tinylab.model.loss import IGNORED, loss_sum
 from tinylab.model.precision import Precision, autocast
-from tinylab.training.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch import Tensor
 from tinylab.checkpoint.store import Snapshot, load_trainer
 from tinylab.config.schema import Parallel, RunConfig
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import compile_model, digest_tensors, like, shard_model, whole_tensors
+from tinylab.dist.parallel import compile_model, like, shard_model, whole_tensors
 from tinylab.errors import CheckpointError
+from tinylab.formats.identity import model_weight_hash
 from tinylab.formats.load import load_folder
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_adamw
@@ -38,42 +38,33 @@ class TrainState:
     """Device hours spent in the steps of the final lineage: seconds of each step times ranks / 3600."""
 
 
-def build_state(config: RunConfig, context: Context, checkpoint: Path | None) -> tuple[TrainState, dict[str, Any]]:
-    """The state after `checkpoint`, or the fresh one of step 0; and the checkpoint's trainer.json ({} if none).
+def build_state(config: RunConfig, context: Context, checkpoint: Path | None) -> TrainState:
+    """The state after `checkpoint`, or the fresh one of step 0.
 
     Raises LaunchError when the ranks' weights are not equal, and CheckpointError when the checkpoint does not fit.
     """
-    record: dict[str, Any] = {}
-    optimizer_tensors: dict[str, Tensor] = {}
-    rng: dict[str, Tensor] = {}
     torch.manual_seed(config.seed + context.rank)
     if checkpoint is None:
         model = Llama.empty(config.model, context.device, torch.float32)
         model.init_weights(config.seed)
     else:
-        record, optimizer_tensors, rng = load_trainer(checkpoint)
         model = load_folder(checkpoint, context.device, torch.float32)
     model.train()
     if context.world > 1:
-        context.require_equal(digest_tensors(dict(model.named_parameters())), "the weights")
+        context.require_equal(model_weight_hash(model), "the weights")
     shard_model(model, config.parallel, context)
     compile_model(model, config.parallel)
-    optimizer = build_adamw(model, config.optimizer)
-    state = TrainState(
-        model=model,
-        parallel=config.parallel,
-        optimizer=optimizer,
-        step=record.get("step", 0),
-        hours=record.get("hours", 0.0),
-    )
+    state = TrainState(model=model, parallel=config.parallel, optimizer=build_adamw(model, config.optimizer))
     if checkpoint is not None:
+        record, optimizer_tensors, rng = load_trainer(checkpoint)
+        state.step, state.hours = record["step"], record["hours"]
         _load_optimizer(state, optimizer_tensors, checkpoint)
         _load_rng(rng, context, config.seed, state.step)
-    return state, record
+    return state
 
 
-def take_snapshot(state: TrainState, context: Context, record: dict[str, Any]) -> Snapshot | None:
-    """The whole state on the CPU of rank 0, None elsewhere. Every rank must call it."""
+def take_snapshot(state: TrainState, context: Context, record: dict[str, object]) -> Snapshot | None:
+    """A copy of the state in the memory of rank 0's CPU, None elsewhere. Every rank must call it."""
     keep = context.is_main
     weights = dict(whole_tensors(dict(state.model.named_parameters()), keep))
     moments = dict(whole_tensors(_optimizer_tensors(state), keep))
