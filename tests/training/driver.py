@@ -16,10 +16,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch._dynamo  # the first optimizer would import it in every child
 
+import tinylab
 from tinylab.checkpoint.retention import saves_at
 from tinylab.config.io import load_run
 from tinylab.errors import TinylabError
@@ -62,6 +65,24 @@ class Draws(Hook):
         torch.rand(3)
 
 
+class Samples(Hook):
+    """Asks for text of each checkpoint beside the run; fails for one."""
+
+    def __init__(self, run: Run, fails_at: int) -> None:
+        self._run, self._fails_at = run, fails_at
+
+    def checkpoint(self, path: Path) -> Callable[[], object]:
+        return lambda: self._write(path)
+
+    def _write(self, path: Path) -> None:
+        if int(path.name[5:]) == self._fails_at:
+            raise ValueError("no text today")
+        text = tinylab.generate(
+            tinylab.load_model(path), tinylab.load_tokenizer(path), "", max_new_tokens=40, temperature=1.0, seed=1
+        )
+        self._run.path.joinpath(f"{path.name}.txt").write_text(text)
+
+
 def run_child(request: dict, stderr: int) -> int:
     """Train as asked; the exit code."""
     os.setsid()
@@ -74,6 +95,8 @@ def run_child(request: dict, stderr: int) -> int:
     hooks: list[Hook] = [SignalAt(*request["signal_at"], run)] if request.get("signal_at") else []
     if request.get("draws"):
         hooks.append(Draws())
+    if request.get("samples_fail_at"):
+        hooks.append(Samples(run, request["samples_fail_at"]))
     if request.get("stop_at"):
         hooks.append(StopFileAt(request["stop_at"], run))
     try:

@@ -6,17 +6,20 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import tinylab
 from tinylab.config.schema import RunConfig
 from tinylab.errors import DataError, RunStopped
 from tinylab.runs.folder import Run
 from tinylab.training import hooks, loop, opening
-from tinylab.training.hooks import Heartbeat, Progress, StopRequest, progress_hooks
+from tinylab.training.hooks import Heartbeat, Hook, Hooks, Progress, StopRequest, progress_hooks
 
 
 def record(step: int) -> dict[str, Any]:
@@ -157,3 +160,71 @@ def test_the_preparation_of_data_speaks_only_where_progress_is_wanted(
     with pytest.raises(DataError, match="enough"):
         loop.train(tiny_config, Run(tmp_path / "run"), progress=progress)
     assert given == [None] if progress else given[0]("a line") is None
+
+
+def test_work_beside_the_run_changes_no_bit_of_it_and_its_failure_is_journaled(
+    trainer: Any, reference: Run, assert_nothing_lost: Any, tmp_path: Path
+):
+    run = Run(tmp_path / "run")
+    ended = trainer.go(run.path, samples_fail_at=10)
+    assert ended.code == 0, ended.stderr
+    assert_nothing_lost(reference, run)
+    failed = [line for line in run.journal() if line["event"] == "beside_failed"]
+    assert [(x["hook"], x["checkpoint"], x["reason"]) for x in failed] == [
+        ("Samples", "step-00000010", "ValueError: no text today")
+    ]
+    texts = {p.stem: p.read_text() for p in run.path.glob("step-*.txt")}
+    assert set(texts) == {p.name for p in reference.checkpoints()} - {"step-00000010"}
+    last = tinylab.load_model(reference.checkpoints()[-1]), tinylab.load_tokenizer(reference.checkpoints()[-1])
+    assert texts["step-00000024"] == tinylab.generate(*last, "", max_new_tokens=40, temperature=1.0, seed=1)
+
+
+class Slow(Hook):
+    """Asks for work that lasts until `free` is set."""
+
+    def __init__(self) -> None:
+        self.free, self.done, self.ended = threading.Event(), threading.Event(), False
+
+    def checkpoint(self, path: Path) -> Any:
+        return self.work
+
+    def work(self) -> None:
+        self.free.wait(20)
+        self.done.set()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def job(tiny_config: RunConfig, tmp_path: Path) -> Any:
+    run = Run(tmp_path / "run")
+    run.create(tiny_config, {})
+    return SimpleNamespace(config=tiny_config, run=run)
+
+
+def test_a_run_that_is_done_waits_for_the_work_beside_it(job: Any):
+    slow = Slow()
+    with Hooks([slow], job, 0) as told:
+        told.checkpoints([Path("step-00000001")])
+        threading.Timer(0.2, slow.free.set).start()
+    assert slow.done.is_set() and slow.ended and job.run.journal() == []
+
+
+def test_a_run_that_is_done_abandons_work_after_a_while(job: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hooks, "BESIDE_WAIT_S", 0.05)
+    slow = Slow()
+    with Hooks([slow], job, 0) as told:
+        told.checkpoints([Path("step-00000001"), Path("step-00000002")])
+    assert slow.ended and [(x["event"], x["waited_s"]) for x in job.run.journal()] == [("beside_abandoned", 0.05)]
+    slow.free.set()
+
+
+def test_a_run_that_stops_does_not_wait_for_work_beside_it(job: Any):
+    slow = Slow()
+    with pytest.raises(RunStopped), Hooks([slow], job, 0) as told:
+        told.checkpoints([Path("step-00000001")])
+        raise RunStopped("stopped", 15)
+    assert slow.ended and not slow.done.is_set()
+    assert [x["event"] for x in job.run.journal()] == ["beside_abandoned"]
+    slow.free.set()

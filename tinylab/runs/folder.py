@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ class Run:
         self.logs_path = self.path / "logs"
         self._lock_path = self.path / "lock"
         self._lock: int | None = None
+        self._journaling = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -198,7 +200,8 @@ class Run:
 
     def write_journal(self, event: str, **more: Any) -> None:
         """Append one fsynced line: event, time (Unix s), and what belongs to it."""
-        append_line(self.journal_path, {"event": event, "time": time.time(), **more}, sync=True)
+        with self._journaling:
+            append_line(self.journal_path, {"event": event, "time": time.time(), **more}, sync=True)
 
     def repair_journal(self) -> None:
         """Cut a torn last line, as a kill in the middle of an append leaves it."""

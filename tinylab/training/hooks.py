@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,12 +25,15 @@ from typing import Any
 from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError, RunStopped
 from tinylab.runs.folder import Run
+from tinylab.training.job import Job
 
 HEARTBEAT_S = 1.0
 LONG_WORK_S = 20.0
 """Between heartbeats while no step ends: data are prepared, or a step or a checkpoint takes long."""
 PLAIN_LINE_S = 10.0
 """Between progress lines where standard error is no terminal."""
+BESIDE_WAIT_S = 60.0
+"""How long a run that is done waits for work beside it; a run that stops or fails does not wait."""
 STOP_FILE = "stop"
 STOP_REASON = "stop file"
 SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGTERM}
@@ -44,11 +49,71 @@ class Hook:
     def step(self, record: dict[str, Any]) -> None:
         """After a step whose line, `record`, is in `metrics.jsonl`."""
 
-    def checkpoint(self, path: Path) -> None:
-        """After the checkpoint at `path` was committed."""
+    def checkpoint(self, path: Path) -> Callable[[], object] | None:
+        """After the checkpoint at `path` was committed. What is returned is called beside the run, see `Hooks`."""
 
     def end(self) -> None:
         """After the last step of this process, however it ends."""
+
+
+class Hooks:
+    """The hooks of a run, called one after another, and the work that they ask for beside it.
+
+    That work is done in order, by one thread of low priority. It must not draw from torch's own random generators,
+    and its checkpoint may be pruned meanwhile. What it raises is written into the journal and does not end the run.
+    """
+
+    def __init__(self, hooks: Sequence[Hook], job: Job, step: int) -> None:
+        self._hooks, self._job, self._step = hooks, job, step
+        self._asked: queue.SimpleQueue[tuple[str, Path, Callable[[], object]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._ended = False
+
+    def __enter__(self) -> Hooks:
+        for hook in self._hooks:
+            hook.start(self._job.config, self._step)
+        return self
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Call the hooks after a step."""
+        for hook in self._hooks:
+            hook.step(record)
+
+    def checkpoints(self, committed: Sequence[Path]) -> None:
+        """Call the hooks for each checkpoint, and put what they return in the queue."""
+        for path, hook in product(committed, self._hooks):
+            work = hook.checkpoint(path)
+            if work is not None:
+                self._asked.put((type(hook).__name__, path, work))
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._work, name="beside", daemon=True)
+                    self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._thread is not None:
+            self._asked.put(None)
+            self._thread.join(BESIDE_WAIT_S if kind is None else 0.0)
+            self._ended = True
+            if self._thread.is_alive():
+                self._journal("beside_abandoned", waited_s=BESIDE_WAIT_S if kind is None else 0.0)
+        for hook in self._hooks:
+            hook.end()
+
+    def _work(self) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux, of this thread alone
+        while (asked := self._asked.get()) is not None and not self._ended:
+            name, path, work = asked
+            try:
+                work()
+            except Exception as error:
+                if not self._ended:
+                    reason = f"{type(error).__name__}: {error}"
+                    self._journal("beside_failed", hook=name, checkpoint=path.name, reason=reason)
+
+    def _journal(self, event: str, **more: Any) -> None:
+        with suppress(CheckpointError):  # a full disk: the run's own writes will say so
+            self._job.run.write_journal(event, **more)
 
 
 class StopRequest:

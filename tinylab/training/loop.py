@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 from tinylab.checkpoint.checkpointer import Checkpointer
@@ -24,7 +23,7 @@ from tinylab.model.precision import resolve_precision
 from tinylab.optim.schedule import check_schedule, lr_at
 from tinylab.runs.durable import failpoint
 from tinylab.runs.folder import Run, step_of
-from tinylab.training.hooks import Heartbeat, Hook, StopRequest, progress_hooks
+from tinylab.training.hooks import Heartbeat, Hook, Hooks, StopRequest, progress_hooks
 from tinylab.training.job import Job
 from tinylab.training.meter import Meter
 from tinylab.training.opening import begin_lineage, one_trainer, open_data, open_run
@@ -57,9 +56,9 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
                 state = checkpointer.resume()
                 begin_lineage(job, checkpoint)
                 loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
-                with other_ranks_alive(context, lambda: state.step), loader, _following(called, config, state.step):
+                with other_ranks_alive(context, lambda: state.step), loader, Hooks(called, job, state.step) as told:
                     stop.defer()
-                    _steps(job, state, loader, stop, checkpointer, called)
+                    _steps(job, state, loader, stop, checkpointer, told)
     return run
 
 
@@ -69,7 +68,7 @@ def _steps(
     loader: Iterable[StepBatch],
     stop: StopRequest,
     checkpointer: Checkpointer,
-    hooks: Sequence[Hook],
+    hooks: Hooks,
 ) -> None:
     """Every step that is left, each with its line of metrics, and the checkpoints between them."""
     config, context = job.config, job.context
@@ -77,12 +76,12 @@ def _steps(
     validator = Validator(config, job.shards, context, precision)
     meter = Meter(config, context)
     for batch in meter.timed(loader):
-        _tell(hooks, checkpointer.poll())
+        hooks.checkpoints(checkpointer.poll())
         data_hash, targets, stopping = agree(context, batch, stop.requested())
         if stopping:
             if checkpointer.saved_step != state.step:
                 checkpointer.save(state)
-            _tell(hooks, checkpointer.close())
+            hooks.checkpoints(checkpointer.close())
             raise stop.stopped(f"after step {state.step} of {config.steps}")
         _announce_stage(job, batch.step)
         lr = lr_at(config, batch.step)
@@ -95,18 +94,10 @@ def _steps(
             job.run.require_place()
             job.log.append(record)
             failpoint("step.logged")
-        for hook in hooks:
-            hook.step(record)
+        hooks.step(record)
         if saves_at(config, state.step):
             checkpointer.save(state)
-    _tell(hooks, checkpointer.close())
-
-
-def _tell(hooks: Sequence[Hook], committed: Sequence[Path]) -> None:
-    """Tell the hooks of new checkpoints."""
-    for folder in committed:
-        for hook in hooks:
-            hook.checkpoint(folder)
+    hooks.checkpoints(checkpointer.close())
 
 
 def _announce_stage(job: Job, step: int) -> None:
@@ -115,18 +106,6 @@ def _announce_stage(job: Job, step: int) -> None:
     for stage, (first, _) in zip(config.stages, config.stage_bounds(), strict=True):
         if job.context.is_main and step == first:
             job.run.write_journal("stage", stage=stage.name, step=step - 1, tokens=config.tokens_at(step - 1))
-
-
-@contextmanager
-def _following(hooks: Sequence[Hook], config: RunConfig, step: int) -> Iterator[None]:
-    """Tell the hooks where this process starts, and that it ends."""
-    for hook in hooks:
-        hook.start(config, step)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.end()
 
 
 @contextmanager
