@@ -80,3 +80,20 @@ def test_a_signal_to_every_rank_commits_once(trainer: Any, tmp_path: Path):
     ended = trainer.go(run.path, ranks=2, signal_at=(7, 15))
     assert ended.code == 143 and "after step 7" in ended.stderr
     assert run.journal()[-1]["event"] == "stopped" and run.checkpoints()[-1].name == "step-00000007"
+
+
+def test_only_rank_0_prepares_the_data_and_the_others_open_them(trainer: Any, reference: Run, tmp_path: Path):
+    """Two ranks that start without data: one `prepare` line of each kind, the same samples."""
+    run = Run(tmp_path / "run")
+    ended = trainer.go(run.path, ranks=2, home=tmp_path / "home")
+    assert ended.code == 0, ended.stderr
+    assert ended.stderr.count("prepare: read prose") == 1 and "another process prepares" not in ended.stderr
+    assert [r["data_hash"] for r in run.metric_records()] == [r["data_hash"] for r in reference.metric_records()]
+
+
+def test_data_that_rank_0_cannot_prepare_end_every_rank_with_its_reason(trainer: Any, tmp_path: Path):
+    config = override(trainer.config, ["data.sources.prose.corpus=files:/nowhere/*.txt"])
+    ended = trainer.go(tmp_path / "run", config, ranks=2, home=tmp_path / "home")
+    assert ended.code != 0 and "Traceback" not in ended.stderr
+    assert ended.stderr.count("/nowhere/*.txt") >= 2 and "DataError: source prose" in ended.stderr
+    assert "LaunchError: rank 0 must have the data ready before the other ranks begin; it failed: " in ended.stderr

@@ -99,12 +99,16 @@ class Context:
                 result = on_main()
             except BaseException as error:
                 self.store.set(key, str(error) or type(error).__name__)
+                deadline = time.monotonic() + 10 * POLL_S  # the store may end with this process: let the others read
+                while self.store.add(f"{key}: read", 0) < self.world - 1 and time.monotonic() < deadline:
+                    time.sleep(POLL_S / 10)
                 raise
             self.store.set(key, "")
             return result
         while not self.store.check([key]):
             time.sleep(POLL_S)
         failure = self.store.get(key).decode()
+        self.store.add(f"{key}: read", 1)
         if failure:
             raise LaunchError(f"rank 0 must have {what} ready before the other ranks begin; it failed: {failure}")
         return on_others()
