@@ -69,7 +69,7 @@ def test_a_models_hash_sees_one_value_of_a_fused_matrix():
     model = model_of(3)
     before = model_weight_hash(model)
     with torch.no_grad():
-        model.blocks[0].attn.qkv.weight[-1, -1] += 1e-6
+        model.get_parameter("blocks.0.attn.qkv.weight")[-1, -1] += 1e-6
     assert model_weight_hash(model) != before
 
 

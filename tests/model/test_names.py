@@ -41,7 +41,7 @@ def test_the_tensors_of_a_checkpoint_share_the_parameters_memory():
     model = Llama(CONFIG)
     named = to_huggingface(model.state_dict(), CONFIG)
     named["model.layers.1.self_attn.k_proj.weight"].fill_(7.0)
-    assert torch.equal(model.blocks[1].attn.qkv.weight[24:36], torch.full((12, 32), 7.0))
+    assert torch.equal(model.get_parameter("blocks.1.attn.qkv.weight")[24:36], torch.full((12, 32), 7.0))
     assert named["model.layers.1.self_attn.k_proj.weight"].requires_grad is False
 
 

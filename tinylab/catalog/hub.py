@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tinylab.errors import CheckpointError, NothingFoundError
 from tinylab.formats.weight_map import PICKLED, SAFETENSORS, has_weights, weight_files
@@ -70,28 +70,25 @@ def _snapshot(
             local_files_only=offline,
         )
     except errors.GatedRepoError as error:
-        _missing(f"{repository} must be open to you: accept its terms on its page and set HF_TOKEN", error)
+        reason = f"{repository} must be open to you: accept its terms on its page and set HF_TOKEN"
+        raise NothingFoundError(reason) from error
     except errors.RevisionNotFoundError as error:
-        _missing(f"{repository} has no revision {revision or 'main'}; its page lists branches and tags", error)
+        reason = f"{repository} has no revision {revision or 'main'}; its page lists branches and tags"
+        raise NothingFoundError(reason) from error
     except errors.RepositoryNotFoundError as error:
-        _missing(f"the Hub has no model {repository}, or it is private (set HF_TOKEN); check the name", error)
+        reason = f"the Hub has no model {repository}, or it is private (set HF_TOKEN); check the name"
+        raise NothingFoundError(reason) from error
     except (errors.LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        _missing(
+        raise NothingFoundError(
             f"{what} is not in the cache and the Hugging Face Hub cannot be reached. Connect and repeat (unset "
-            "HF_HUB_OFFLINE if it is set), or copy the model's folder here and name that",
-            error,
-        )
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            "HF_HUB_OFFLINE if it is set), or copy the model's folder here and name that"
+        ) from error
+    except (OSError, errors.HfHubHTTPError, errors.HFValidationError, ValueError) as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+        if isinstance(error, OSError) and error.errno in full:
             raise disk_error(Path(error.filename or cache or _default_cache()), error) from error
         raise CheckpointError(f"cannot download {what}: {error}. What is done is kept: repeat the command") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, ValueError) as error:
-        raise CheckpointError(f"cannot download {what}: {error}. What is done is kept: repeat the command") from error
     return Path(str(found))
-
-
-def _missing(message: str, error: Exception) -> NoReturn:
-    raise NothingFoundError(message) from error
 
 
 def _require_complete(folder: Path, repository: str, revision: str | None) -> None:

@@ -61,7 +61,7 @@ def checkpoints_verb(
 
 def _own(refs: tuple[str, ...]) -> Answer:
     """The checkpoints of some runs."""
-    rows = _rows([Run(r).require() for r in refs])
+    rows = [checkpoint_row(run, path) for run in (Run(r).require() for r in refs) for path in run.checkpoints()]
     if not rows:
         raise NothingFoundError(
             f"{', '.join(refs)} must hold committed checkpoints; found none. Train first: tinylab train RUN"
@@ -74,16 +74,13 @@ def _registry() -> Answer:
 
     In text, one line represents all of Pythia's.
     """
-    own, published = _rows(list_runs()), _published()
+    own = [checkpoint_row(run, path) for run in list_runs() for path in run.checkpoints()]
+    published = _published()
     shown = [r for r in published if r["series"] != "pythia-1b"]
     steps = [r["ref"] for r in published if r["series"] == "pythia-1b"]
     mine = _own_table(own) if own else "no own checkpoint yet: tinylab train mine"
     more = f"{steps[0]} … {steps[-1]}, {len(steps)} checkpoints: tinylab checkpoints --published"
     return Answer([*own, *published], f"{mine}\n\n{_published_table(shown)}\n{more}")
-
-
-def _rows(runs: list[Run]) -> list[dict[str, Any]]:
-    return [checkpoint_row(run, path) for run in runs for path in run.checkpoints()]
 
 
 def _own_table(rows: list[dict[str, Any]]) -> str:
