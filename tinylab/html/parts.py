@@ -10,15 +10,10 @@ from tinylab.html.escape import escape
 
 
 class Picture(Protocol):
-    """A figure that draws itself, such as those of tinylab.plots."""
+    """A figure that draws itself as PNG and knows its width and height in inches, as those of plots do."""
 
-    def png(self) -> bytes:
-        """The picture as PNG."""
-        ...
-
-    def get_size_inches(self) -> Iterable[float]:
-        """Width and height, inches."""
-        ...
+    def png(self) -> bytes: ...
+    def get_size_inches(self) -> Iterable[float]: ...
 
 
 def heading(text: str, level: int = 3) -> str:

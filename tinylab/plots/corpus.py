@@ -51,21 +51,14 @@ def mixture_of(run: Any) -> LabFigure:
 def mixture_points(config: Any) -> tuple[list[int], dict[str, list[float]]]:
     """Corners of the mixture over tokens: x, and for each source its shares there."""
     x: list[int] = []
-    shares: dict[str, list[float]] = {name: [] for name in config.data.source_names}
+    mixtures: list[Mapping[str, float]] = []
     start, before = 0, config.mixture(0)
     for i, (stage, (_, last)) in enumerate(zip(config.stages, config.stage_bounds(), strict=True)):
         end, after = config.tokens_at(last), config.mixture(i)
-        corners = [
-            (start, before if stage.ramp_tokens else after),
-            (min(start + stage.ramp_tokens, end), after),
-            (end, after),
-        ]
-        for at, mixture in corners:
-            x.append(at)
-            for name, values in shares.items():
-                values.append(mixture[name])
+        x += [start, min(start + stage.ramp_tokens, end), end]
+        mixtures += [before if stage.ramp_tokens else after, after, after]
         start, before = end, after
-    return x, shares
+    return x, {name: [mixture[name] for mixture in mixtures] for name in config.data.source_names}
 
 
 def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:

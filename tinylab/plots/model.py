@@ -65,12 +65,10 @@ def series_audit(audit: Any) -> LabFigure:
     square.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, parse_math=False)
     square.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
     square.grid(False)
-    for ticks in (square.get_xticklabels(), square.get_yticklabels()):
-        for tick in ticks:
-            if tick.get_text() in suspects:
-                tick.set_color(COLORS[1])
-                tick.set_fontweight("bold")
-    change = [distance[i, i + 1] for i in range(len(labels) - 1)]
+    for tick in (*square.get_xticklabels(), *square.get_yticklabels()):
+        if tick.get_text() in suspects:
+            tick.set(color=COLORS[1], fontweight="bold")
+    change = np.diagonal(distance, 1)
     line.plot(range(1, len(labels)), change, color=COLORS[0], marker="o", markersize=4)
     for i, label in enumerate(labels[1:], start=1):
         if label in suspects:

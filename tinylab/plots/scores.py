@@ -8,19 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tinylab.errors import ConfigError
-from tinylab.plots.style import (
-    COLORS,
-    DASHES,
-    FAINT,
-    INK,
-    MARKERS,
-    LabFigure,
-    Table,
-    empty,
-    new_figure,
-    style_axes,
-    token_axis,
-)
+from tinylab.plots.style import COLORS, DASHES, FAINT, INK, MARKERS, LabFigure, Table, empty, new_figure, token_axis
 
 SHORT = {
     "commonsense_avg7": "mean of the seven",
@@ -121,13 +109,11 @@ def _panel(ax: Any, rows: Table, title: str, name: str, look: int, *, first: boo
     )  # fmt: skip
     if not first:
         return
-    style_axes(ax)
     for column, dash in (("chance", ":"), ("baseline", "-.")):
         for level in rows[column].dropna()[:1] if column in rows else ():
             ax.axhline(100 * float(level), color=FAINT, linewidth=1.1, linestyle=dash)
-    metric = rows["metric"].iloc[0] if "metric" in rows else "accuracy"
     ax.set_title(title.replace("_", " "), fontsize=9.5, color=INK, loc="left")
-    metric = "acc. by mutual info" if metric == "acc_mutual_info" else metric.replace("_", " ")
+    metric = rows["metric"].iloc[0].replace("acc_mutual_info", "acc. by mutual info").replace("_", " ")
     ax.set_ylabel(f"{metric} (%)", fontsize=8.5)
     ax.margins(x=0.08)
     token_axis(ax)
@@ -141,8 +127,7 @@ def _legend(figure: LabFigure, panel: Axes, free: list[Axes]) -> None:
     if free:
         free[0].set_visible(True)
         free[0].axis("off")
-        free[0].legend(
-            handles, labels, loc="center left", frameon=False, fontsize=9, title="published", alignment="left"
-        )
+        look: dict[str, Any] = {"loc": "center left", "frameon": False, "fontsize": 9, "alignment": "left"}
+        free[0].legend(handles, labels, title="published", **look)
     else:
         figure.legend(handles, labels, loc="upper right", frameon=False, fontsize=8.5, ncols=3)

@@ -42,14 +42,7 @@ class LabFigure(Figure):
 
 
 def new_figure(
-    title: str,
-    *,
-    rows: int = 1,
-    columns: int = 1,
-    width: float = 7.6,
-    height: float = 4.0,
-    caption: str = "",
-    **grid: Any,
+    title: str, *, height: float, width: float = 7.6, rows: int = 1, columns: int = 1, caption: str = "", **grid: Any
 ) -> tuple[LabFigure, np.ndarray]:
     """A figure and its axes (rows, columns): title left, grid faint, caption under everything in grey."""
     figure = LabFigure(figsize=(width, height), layout="constrained")
@@ -67,7 +60,7 @@ def new_figure(
     return figure, axes
 
 
-def new_plot(title: str, *, width: float = 7.6, height: float = 4.0, caption: str = "") -> tuple[LabFigure, Axes]:
+def new_plot(title: str, *, height: float, width: float = 7.6, caption: str = "") -> tuple[LabFigure, Axes]:
     """A figure of one plot."""
     figure, axes = new_figure(title, width=width, height=height, caption=caption)
     return figure, axes[0, 0]
