@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from tinylab.analysis import corpus_counts
-from tinylab.data.shards.reader import ShardSet, ShardWriter, build_manifest, open_shards, source_entry
+from tinylab.data.shards.format import build_manifest, source_entry
+from tinylab.data.shards.reader import ShardSet, open_shards
+from tinylab.data.shards.writer import ShardWriter
 from tinylab.runs.manifest import commit_folder, temporary_folder
 
 PROSE = [[5, 6, 7, 2], [8, 2], [5, 5, 2]]

@@ -78,9 +78,7 @@ def test_tokens_between_milestones_give_the_nearest_with_a_note():
 
 
 def test_a_step_that_does_not_exist_names_those_that_do():
-    with pytest.raises(
-        NothingFoundError, match=r"no checkpoint at step 1431000; it has steps 50000, 240000, .*512"
-    ):
+    with pytest.raises(NothingFoundError, match=r"no checkpoint at step 1431000; it has steps 50000, 240000, .*512"):
         registry.find("tinyllama-1.1b@1431000")
     with pytest.raises(NothingFoundError, match=r"must name a step, tokens such as 1.5T, or a stage \(pretrain\)"):
         registry.find("tinyllama-1.1b@cooldown")

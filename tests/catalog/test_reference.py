@@ -72,9 +72,7 @@ def test_a_plain_integer_is_a_step_and_a_suffix_means_tokens(run):
     assert not resolve_reference("small@0.32K").notes
     with pytest.raises(NothingFoundError, match="small has no checkpoint at step 11; it has steps 2, 10, 12"):
         resolve_reference("small@11")
-    message = (
-        r"small@lots must name a step, tokens such as 1.5T, or a stage \(basic, cooldown\); it has steps 2, 10"
-    )
+    message = r"small@lots must name a step, tokens such as 1.5T, or a stage \(basic, cooldown\); it has steps 2, 10"
     with pytest.raises(NothingFoundError, match=message):
         resolve_reference("small@lots")
 

@@ -151,6 +151,26 @@ def test_verify_names_a_damaged_shard(folder: Path, tmp_path: Path, capsys: pyte
     assert any(shard.name in problem for problem in found["problems"])
 
 
+@pytest.mark.parametrize("name", ["prepared", "mine/checkpoints/step-00000016", "mine"])
+def test_verify_names_extra_files_empty_directories_and_links_to_the_same_bytes(
+    folder: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    place = Path(shutil.copytree(folder / name, tmp_path / Path(name).name, symlinks=True))
+    inside = place / "checkpoints" / "step-00000016" if name == "mine" else place
+    (inside / "extra.txt").write_text("x")
+    (inside / "hollow").mkdir()
+    file = inside / ("tokenizer/tokenizer.json" if name == "prepared" else "config.json")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert sorted(answer(capsys, "verify", str(place), code=1)["problems"]) == sorted(
+        [
+            f"{inside / 'extra.txt'}: file that the manifest does not list",
+            f"{inside / 'hollow'}: empty directory that the manifest does not list",
+            f"{file}: symbolic link in place of a file",
+        ]
+    )
+
+
 def test_batch_shows_the_samples_of_a_step_and_their_documents(folder: Path, capsys: pytest.CaptureFixture[str]):
     found = answer(capsys, "batch", str(folder / "mine"), "--step", "3", "--text")
     assert [s["n"] for s in found["samples"]] == list(range(16, 24))

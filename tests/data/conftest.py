@@ -13,7 +13,9 @@ import pytest
 import sentencepiece
 
 from tinylab.config.schema import Data, Source
-from tinylab.data.shards.reader import ShardSet, ShardWriter, build_manifest, open_shards, source_entry
+from tinylab.data.shards.format import build_manifest, source_entry
+from tinylab.data.shards.reader import ShardSet, open_shards
+from tinylab.data.shards.writer import ShardWriter
 from tinylab.data.tokenizer.encode import Tokenizer
 from tinylab.data.tokenizer.load import train_tokenizer
 from tinylab.runs.manifest import commit_folder, temporary_folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, Parallel, RunConfig, Schedule, Source, Stage, Validation
 from tinylab.data.loader import MASKED, Loader, validation_batches, validation_windows
 from tinylab.data.order import DataOrder, data_hash, format_hash
+from tinylab.data.shards import integrity
 from tinylab.data.shards.reader import open_shards
 from tinylab.errors import ConfigError, DataError
 
@@ -118,6 +120,7 @@ def test_shards_of_another_vocabulary_are_refused(shards):
 
 
 def test_an_id_that_turns_up_after_the_check_is_named_with_file_and_token(shards):
+    shards.stream("train", "code").read(0, 1)
     data = np.memmap(shards.path / "train/code/00000.bin", dtype="<u2", mode="r+")
     data[5] = 65535
     data.flush()
@@ -130,12 +133,12 @@ def test_an_id_that_turns_up_after_the_check_is_named_with_file_and_token(shards
 
 def test_no_thread_is_left_after_close_error_or_end(shards, monkeypatch):
     def threads() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name == "tinylab-loader"]
+        return [t.name for t in threading.enumerate() if t.name == "tinylab-loader" or "hashing" in t.name]
 
     config = toy_run(batch=1, samples=40)
     loader = Loader(config, shards)
     next(loader)
-    assert threads() == ["tinylab-loader"]
+    assert threads()[0] == "tinylab-loader" and len(threads()) > 1
     loader.close()
     loader.close()
     assert threads() == []
@@ -156,8 +159,8 @@ def test_no_thread_is_left_after_close_error_or_end(shards, monkeypatch):
 
 def test_reading_ahead_is_bounded(shards, monkeypatch):
     read: list[int] = []
-    samples = DataOrder.samples
-    monkeypatch.setattr(DataOrder, "samples", lambda self, step: read.append(step) or samples(self, step))
+    read_step = Loader._read_step
+    monkeypatch.setattr(Loader, "_read_step", lambda self, step, s: read.append(step) or read_step(self, step, s))
     with Loader(toy_run(batch=1), shards, prefetch=2) as loader:
         next(loader)
         threading.Event().wait(0.3)
@@ -205,3 +208,65 @@ def test_one_short_document_feeds_four_ranks(make_data):
     for rank in range(4):
         with Loader(config, open_shards(shards.path), rank=rank, world=4) as loader:
             assert [m.inputs.tolist() for b in loader for m in b.micro_batches] == [[[5, 6, 7, 8]]] * 2
+
+
+# ---- shards are compared with their digests ahead of their use -------------------------------------------------------
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+
+
+def test_a_damaged_shard_is_named_before_the_batch_that_needs_it_and_the_batches_before_it_are_given(shards):
+    config = toy_run(batch=1)
+    order = DataOrder.of(config, shards)
+    numbers = [(int(s.source[0]), int(s.window[0]) * SEQ // 20) for s in map(order.samples, range(1, 41))]
+    last = max(range(40), key=lambda i: numbers.index(numbers[i]))  # the shard that is needed latest
+    source, number = numbers[last]
+    damage(shards.path / "train" / order.names[source] / f"{number:05d}.bin")
+    given = []
+    with (
+        Loader(config, open_shards(shards.path)) as loader,
+        pytest.raises(DataError, match=rf"train/{order.names[source]}/{number:05d}\.bin: SHA-256 differs"),
+    ):
+        given.extend(batch.step for batch in loader)
+    assert 0 < len(given) <= numbers.index(numbers[last])
+
+
+def test_a_batch_waits_for_the_shards_that_it_reads_and_for_no_other(make_data, monkeypatch):
+    """Shards of one window each; those of later steps never come."""
+    shards = make_data({"prose": [[5] * 5] * 40, "code": [[6] * 5] * 40}, shard_tokens=5)
+    config = toy_run(batch=1)
+    order, needed = DataOrder.of(config, shards), set()
+    for step in (1, 2):
+        samples = order.samples(step)
+        starts = samples.window * SEQ
+        needed |= {s.path for s in shards.stream("train", order.names[samples.source[0]]).shards_of(starts, SEQ + 1)}
+    released, compare = threading.Event(), integrity.compare_file
+
+    def slow(path, entry):
+        if path.suffix == ".bin" and path not in needed:
+            released.wait(30)
+        return compare(path, entry)
+
+    monkeypatch.setattr(integrity, "compare_file", slow)
+    with Loader(config, open_shards(shards.path)) as loader:
+        assert [next(loader).step for _ in (1, 2)] == [1, 2]
+        released.set()
+
+
+def test_shards_of_coming_steps_are_compared_before_they_are_read(shards, monkeypatch):
+    by_thread: dict[str, str] = {}
+    compare = integrity.compare_file
+
+    def noted(path, entry):
+        by_thread[path.name] = threading.current_thread().name
+        return compare(path, entry)
+
+    monkeypatch.setattr(integrity, "compare_file", noted)
+    config = toy_run(batch=1, mask=True)
+    with Loader(config, open_shards(shards.path), prefetch=1) as loader:
+        next(loader)
+        loader._hashing.shutdown(wait=True)
+        assert len(by_thread) > 2 and {Path(name).suffix for name in by_thread} == {".bin", ".idx", ".json"}
+    assert any(thread.startswith("tinylab-hashing") for thread in by_thread.values())

@@ -107,6 +107,11 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "other.json").write_text('{"version": "1.0"}')
     (tmp_path / "bad.model").write_bytes(b"\x0a\xff\xff")
+    (tmp_path / "refused.model").write_bytes(spm.serialize(spm.SentencePieceModel((spm.Piece("a", 0.0),))))
+    (tmp_path / "hollow.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (tmp_path / "words.json").write_text(json.dumps({"model": words}))
+    (tmp_path / "wide.json").write_bytes('{"model": 1}'.encode("utf-16"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "deep.json").write_text("[" * 100_000)
     for name, message in (
@@ -114,6 +119,10 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path, monkeypatch):
         ("tokenizer.json", r"tokenizer\.json must be JSON"),
         ("other.json", r"other\.json: tokenizer\.json must be a tokenizer of the `tokenizers` library"),
         ("bad.model", r"bad\.model: a SentencePiece model must be one protocol buffer"),
+        ("refused.model", r"refused\.model: tokenizer\.model must be a model that SentencePiece accepts; .*Restore"),
+        ("hollow.json", r"hollow\.json must hold a tokenizer that encodes text; found: .*Restore its files"),
+        ("words.json", r"words\.json must hold a tokenizer that encodes text; found: .*Restore its files"),
+        ("wide.json", r"wide\.json must hold a tokenizer that encodes text; found: .*Restore its files"),
         ("empty", r"empty must be or hold tokenizer\.json or tokenizer\.model; found neither"),
         ("nowhere", r"found nothing at .*nowhere"),
     ):

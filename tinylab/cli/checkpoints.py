@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +15,7 @@ from tinylab.cli.output import Answer
 from tinylab.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, NothingFoundError
 from tinylab.runs.durable import read_lines
 from tinylab.runs.folder import Run, resolve_run, step_of
-from tinylab.runs.manifest import MANIFEST, verify_folder
+from tinylab.runs.manifest import MANIFEST, Progress, verify_folder
 
 
 def verify_verb(path: Annotated[str, arg(metavar="PATH")], /) -> Answer:
@@ -27,7 +29,13 @@ def verify_verb(path: Annotated[str, arg(metavar="PATH")], /) -> Answer:
     folder = Path(path).expanduser().absolute()
     if not folder.exists():
         folder = resolve_run(path)
-    kind, checked, problems = _verify(folder)
+    try:
+        kind, checked, problems = _verify(folder)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} must be readable to be verified; found: {error.strerror}. "
+            "Check its permissions"
+        ) from error
     document = {"path": str(folder), "kind": kind, "checked": checked, "problems": problems}
     if problems:
         return Answer(document, "\n".join([*problems, f"{folder}: {len(problems)} problems"]), EXIT_FAILED)
@@ -39,13 +47,14 @@ def _verify(folder: Path) -> tuple[str, int, list[str]]:
     if Run(folder).exists():
         return _verify_run(Run(folder))
     if (folder / MANIFEST).is_file() and _is_data(folder):
-        from tinylab.data.shards.reader import open_shards
+        from tinylab.data.shards.integrity import read_manifest, verify_shards
 
         try:
-            shards = open_shards(folder)
+            with _progress(folder) as progress:
+                problems = verify_shards(folder, progress=progress)
         except DataError as error:
             return "data", 1, [str(error)]
-        return "data", sum(len(s["shards"]) for split in shards.manifest["splits"].values() for s in split.values()), []
+        return "data", len(read_manifest(folder)["files"]), problems
     if (folder / MANIFEST).is_file() or (folder / "trainer").is_dir():
         return "checkpoint", 1, _checkpoint_problems(folder)
     raise NothingFoundError(
@@ -64,9 +73,24 @@ def _is_data(folder: Path) -> bool:
 
 def _checkpoint_problems(folder: Path) -> list[str]:
     try:
-        return verify_folder(folder)
+        with _progress(folder) as progress:
+            return verify_folder(folder, progress=progress)
     except CheckpointError as error:
         return [str(error)]
+
+
+@contextmanager
+def _progress(folder: Path) -> Iterator[Progress]:
+    """A bar on standard error, where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=f"verify {folder.name}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _verify_run(run: Run) -> tuple[str, int, list[str]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tinylab.data.shards.format import SPLITS
 from tinylab.data.shards.reader import ShardSet, TokenStream
-from tinylab.data.shards.writer import SPLITS
 
 _CHUNK = 2**22
 """Tokens looked at at once."""

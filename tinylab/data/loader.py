@@ -5,23 +5,30 @@ T is model.seq_len. A sample reads T + 1 tokens: inputs are the first T, targets
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
+from itertools import islice
 
 import numpy as np
 import torch
 
 from tinylab.config.schema import RunConfig
-from tinylab.data.order import DataOrder, check_ranks, data_hash, rank_slice
-from tinylab.data.shards.reader import ShardSet, TokenStream
+from tinylab.data.order import DataOrder, Samples, check_ranks, data_hash, rank_slice
+from tinylab.data.shards.reader import Shard, ShardSet, TokenStream
 from tinylab.errors import DataError
 
 MASKED = -100
 """Target of a position that has no loss: the last token of a document, when documents are kept apart."""
+_STEPS_AHEAD = 16
+"""Steps whose shards are verified ahead of the one being read."""
+_MOST_HASHING_THREADS = 8
+"""Per rank; one core hashes about 1.2 GB/s, more than most disks give to one reader."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,10 @@ class StepBatch:
 class Loader:
     """The batches of steps `start_step` … end of the run, for one rank. Iterate over it once; close it when done.
 
-    A background thread reads up to `prefetch` steps ahead; what it raises is raised from the iteration.
-    Raises ConfigError when `world` does not divide the sequences of every stage's step, DataError when data do not fit.
+    A background thread reads up to `prefetch` steps ahead; what it raises is raised from the iteration. Other threads
+    compare the shards of coming steps with their SHA-256 (integrity.py): a batch waits for its own shards only.
+    Raises ConfigError when `world` does not divide the sequences of every stage's step, DataError when data do not fit
+    or a shard is damaged.
     """
 
     def __init__(
@@ -71,6 +80,9 @@ class Loader:
         self._steps = range(start_step, config.steps + 1)
         self._micro_batch = micro_batch or config.parallel.micro_batch
         self._streams = [shards.stream("train", name) for name in self.order.names]
+        self._announced: set[Shard] = set()
+        workers = min(_MOST_HASHING_THREADS, os.cpu_count() or 1)
+        self._hashing = ThreadPoolExecutor(workers, thread_name_prefix="tinylab-hashing")
         self._ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(maxsize=max(prefetch, 1))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tinylab-loader", daemon=True)
@@ -91,39 +103,51 @@ class Loader:
         raise item
 
     def close(self) -> None:
-        """End the thread and drop what it read ahead. Safe to call again."""
+        """End the threads and drop what was read ahead. Safe to call again."""
         self._stop.set()
         while self._thread.is_alive():
             with suppress(queue.Empty):
                 self._ready.get_nowait()
             self._thread.join(timeout=0.01)
+        self._hashing.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read_step(self, step: int) -> StepBatch:
-        """This rank's part of step `step`, read now."""
+    def _work(self) -> None:
+        try:
+            coming = (self._announce(step) for step in self._steps)
+            ahead = deque(islice(coming, _STEPS_AHEAD))
+            for step in self._steps:
+                self._put(self._read_step(step, ahead.popleft()))
+                if self._stop.is_set():
+                    return
+                ahead.extend(islice(coming, 1))
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _announce(self, step: int) -> Samples:
+        """This rank's samples of a step; the shards that no step before it needs are handed to the hashing threads."""
         samples = rank_slice(self.order.samples(step), self._rank, self._world)
+        seq_len, index = self._config.model.seq_len, self._config.data.document_mask
+        for i in np.unique(samples.source).tolist():
+            starts = samples.window[samples.source == i] * seq_len
+            for shard in self._streams[i].shards_of(starts, seq_len + 1):
+                if shard not in self._announced:
+                    self._announced.add(shard)
+                    self._hashing.submit(shard.verify, index=index)  # what it raises, reading raises again
+        return samples
+
+    def _read_step(self, step: int, samples: Samples) -> StepBatch:
         batches = []
         for first in range(0, len(samples), self._micro_batch):
             part = samples[first : first + self._micro_batch]
             batches.append(_read(self._config, self._streams, part.source, part.window))
         return StepBatch(step, batches, data_hash(samples))
-
-    def _work(self) -> None:
-        try:
-            for step in self._steps:
-                self._put(self.read_step(step))
-                if self._stop.is_set():
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
 
     def _put(self, item: StepBatch | BaseException | None) -> None:
         while not self._stop.is_set():

@@ -27,8 +27,9 @@ from tinylab import __version__
 from tinylab.config.io import run_to_dict
 from tinylab.config.schema import Data, Source
 from tinylab.data.corpus.sources import listing, open_corpus
+from tinylab.data.shards.format import DTYPES, build_manifest, dtype_name, source_entry
 from tinylab.data.shards.reader import ShardSet, open_shards
-from tinylab.data.shards.writer import DTYPES, ShardWriter, build_manifest, dtype_name, source_entry
+from tinylab.data.shards.writer import ShardWriter
 from tinylab.data.spool import Spool, sample
 from tinylab.data.tokenizer.encode import Tokenizer
 from tinylab.data.tokenizer.load import fetch_tokenizer, train_tokenizer

@@ -7,7 +7,8 @@ from typing import Any
 from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder
 from tinylab.data.prepare import data_path, prepare
-from tinylab.data.shards.reader import ShardSet, open_shards
+from tinylab.data.shards.integrity import read_manifest
+from tinylab.data.shards.reader import ShardSet
 from tinylab.errors import DataError
 from tinylab.runs.folder import Run
 
@@ -21,11 +22,12 @@ def run_shards(run: Run) -> ShardSet:
 
 
 def stored_shards(run: Run) -> ShardSet:
-    """The data of a run as they lie there, their files not yet compared with the manifest.
+    """The data of a run if they are there; only their manifest is read, and a file when something asks for it.
 
-    Raises DataError when there are none, and as `run_shards` does: what others hold out, this run may have trained on.
+    Raises DataError when there are none, and as `run_shards` does: other data may hold out what this run trained on.
     """
-    return _trained_on(run, open_shards(data_path(run.config.data), verify=False))
+    path = data_path(run.config.data)
+    return _trained_on(run, ShardSet(path, read_manifest(path)))
 
 
 def _trained_on(run: Run, shards: ShardSet) -> ShardSet:

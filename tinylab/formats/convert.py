@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
 import shutil
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from tinylab.formats.llama2c_tokenizer import find_tokenizer, read_tokenizer
 from tinylab.formats.load import load_folder
 from tinylab.model.transformer import Llama
 from tinylab.runs.durable import disk_error, fsync_path
-from tinylab.runs.manifest import TEMPORARY_PREFIX, commit_folder, temporary_folder
+from tinylab.runs.manifest import commit_folder, temporary_folder
 
 Format = Literal["huggingface", "litgpt", "tinyllama"]
 """A Hugging Face folder; litgpt's folder (`lit_model.pth`, `model_config.yaml`); TinyLlama's lone `.pth`."""
@@ -92,7 +90,7 @@ def convert(
     _require_finite(source, target, model, original, cast)
     name, parameters = str(model.head.weight.dtype).removeprefix("torch."), sum(p.numel() for p in model.parameters())
     tokenizer = _tokenizer(source, model.config, kind, tokenizer)
-    temporary = _own_folder(target)
+    temporary = temporary_folder(target)
     try:
         written = _write(model, source, tokenizer, temporary, target, kind)
         limit = rounding_limit(model.config, model.head.weight.dtype) * max(float(cast.abs().max()), 1.0)
@@ -142,22 +140,6 @@ def _require_finite(source: Path, target: Path, model: Llama, original: Tensor, 
             f"{target} must give finite logits; in {str(dtype).removeprefix('torch.')} {kept:.2%} of them are finite, "
             f"in the source all. Values exceed the largest of this dtype, {torch.finfo(dtype).max:g}: take bf16 or fp32"
         )
-
-
-def _own_folder(target: Path) -> Path:
-    """A temporary folder of this process alone, so that another process with the same target does not touch it.
-
-    Those of this machine's killed processes are removed.
-    """
-    mine = f"{target.name}.{socket.gethostname()}."
-    for left in target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(mine)}*"):
-        try:
-            os.kill(int(left.suffix[1:]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-        except (OSError, ValueError):
-            continue  # another user's process, or no folder of ours
-    return temporary_folder(target.with_name(f"{mine}{os.getpid()}"))
 
 
 def _format(target: Path, format: Format | None) -> Format:

@@ -1,4 +1,4 @@
-"""SHA-256 manifests and the commit protocol: a folder appears whole, or not at all.
+"""SHA-256 manifests and the commit protocol: a folder appears complete, or not at all.
 
 Committed means: files fsynced, `manifest.json` written and fsynced, folder renamed from a temporary name,
 parent fsynced, and only then the journal line.
@@ -9,8 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-from pathlib import Path
+import socket
+import stat
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tinylab.errors import CheckpointError
@@ -18,6 +24,10 @@ from tinylab.runs.durable import disk_error, failpoint, fsync_path, write_atomic
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link"}
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes compared so far and the bytes to compare."""
 
 
 def sha256_file(path: Path) -> str:
@@ -26,16 +36,46 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def temporary_path(target: Path) -> Path:
+    """A path beside `target` that no other process takes: it names this host, this process and a random number."""
+    owner = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    return target.with_name(f"{TEMPORARY_PREFIX}{target.name}.{owner}")
+
+
 def temporary_folder(target: Path) -> Path:
-    """A fresh, empty folder beside `target` to fill before `commit_folder`. Raises CheckpointError if impossible."""
-    folder = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    """A new, empty folder beside `target` to fill before `commit_folder`; what a kill left for `target` is removed.
+
+    Raises CheckpointError if it cannot be made.
+    """
+    for left in leftovers(target.parent, target.name):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = temporary_path(target)
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True)
     except OSError as error:
         raise disk_error(folder, error) from error
     return folder
+
+
+def leftovers(parent: Path, name: str | None = None) -> list[Path]:
+    """Temporary folders in `parent` (for the target `name` alone, if given) whose process is provably gone.
+
+    It ran on this host, and its number is free or has passed to this process. What another host made stays.
+    """
+    target = ".+" if name is None else re.escape(name)
+    pattern = rf"{re.escape(TEMPORARY_PREFIX)}{target}\.{re.escape(socket.gethostname())}\.(\d+)\.[0-9a-f]{{8}}"
+    found = [(p, re.fullmatch(pattern, p.name)) for p in parent.glob(f"{TEMPORARY_PREFIX}*")]
+    return sorted(path for path, match in found if match and not _is_another_process(int(match[1])))
+
+
+def _is_another_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def commit_folder(temporary: Path, target: Path, extra: dict[str, Any] | None = None) -> None:
@@ -85,25 +125,83 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return files
 
 
-def verify_folder(folder: Path) -> list[str]:
-    """Every difference between `folder` and its manifest, one line each; empty when it holds.
+def verify_folder(folder: Path, *, progress: Progress | None = None) -> list[str]:
+    """Every difference between `folder` and its manifest, as `damaged_files` lists them.
 
     Raises CheckpointError when there is no readable manifest, PermissionError for what may not be read.
     """
-    expected = read_manifest(folder)
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    problems = [f"{folder / name}: in the manifest, not on disk" for name in sorted(set(expected) - present)]
-    problems += [f"{folder / name}: on disk, not in the manifest" for name in sorted(present - set(expected))]
-    for name in sorted(present & set(expected)):
-        path, entry = folder / name, expected[name]
-        try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                problems.append(f"{path}: {entry['bytes']} bytes expected, {size} found")
-            elif sha256_file(path) != entry["sha256"]:
-                problems.append(f"{path}: SHA-256 differs from the manifest")
-        except PermissionError:
-            raise
-        except OSError as error:
-            problems.append(f"{path}: unreadable ({error.strerror})")
-    return problems
+    return damaged_files(folder, read_manifest(folder), progress=progress)
+
+
+def damaged_files(
+    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    folders: Collection[str] = (),
+    progress: Progress | None = None,
+) -> list[str]:
+    """Every difference between `folder` and the `bytes` and `sha256` of its `files`, one line each, sorted by name.
+
+    Differences are: a file that is missing, unlisted, unreadable, or of another size or content; a directory that
+    holds no listed file and is not one of `folders`; a symbolic link or special file, even one to the same bytes.
+    Threads hash in parallel. Raises PermissionError for what may not be read: nothing is known about its content.
+    """
+    problems: dict[str, str] = {}
+    kinds = _kinds_of_entries(folder, problems)
+    directories = {str(p) for name in (*files, *folders) for p in PurePosixPath(name).parents} | set(folders)
+    for name in (kinds.keys() | files.keys()) - problems.keys():
+        kind, wanted = kinds.get(name), "file" if name in files or name == MANIFEST else None
+        wanted = "directory" if name in directories else wanted
+        if kind is None:
+            problems[name] = "missing"
+        elif wanted is None:
+            empty = kind == "directory" and not any(other.startswith(f"{name}/") for other in kinds)
+            problems[name] = f"{'empty ' * empty}{kind} that the manifest does not list"
+        elif kind != wanted:
+            problems[name] = f"{kind} in place of a {wanted}"
+    sound = sorted(files.keys() - problems.keys())
+    done, total = 0, sum(files[name]["bytes"] for name in sound)
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        compared = pool.map(lambda name: compare_file(folder / name, files[name]), sound)
+        for name, problem in zip(sound, compared, strict=True):
+            if problem:
+                problems[name] = problem
+            done += files[name]["bytes"]
+            if progress:
+                progress(done, total)
+    return [f"{folder / name}: {problem}" for name, problem in sorted(problems.items())]
+
+
+def compare_file(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """How the file at `path` differs from the size and SHA-256 of `entry`; None if it does not.
+
+    Raises PermissionError if it may not be read.
+    """
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{entry['bytes']} bytes expected, {size} found"
+        return None if sha256_file(path) == entry["sha256"] else "SHA-256 differs from the manifest"
+    except FileNotFoundError:
+        return "missing"
+    except PermissionError:
+        raise
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+
+
+def _kinds_of_entries(folder: Path, problems: dict[str, str]) -> dict[str, str]:
+    """The kind of everything below `folder`, by relative name; a directory that cannot be read goes to `problems`."""
+
+    def failed(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise error
+        problems[Path(error.filename).relative_to(folder).as_posix()] = f"unreadable ({error.strerror})"
+
+    kinds = {}
+    for at, folders, names in os.walk(folder, onerror=failed):
+        for name in (*folders, *names):
+            path = Path(at, name)
+            mode = stat.S_IFMT(path.lstat().st_mode)
+            kinds[path.relative_to(folder).as_posix()] = _KINDS.get(mode, "special file")
+    return kinds

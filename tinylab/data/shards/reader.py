@@ -1,11 +1,12 @@
-"""Prepared data, read: memory-mapped token streams with document boundaries, checked by SHA-256 before the first token.
+"""Prepared data, read: memory-mapped token streams with document boundaries.
 
-The layout on disk, and the writer, are in packing.py.
+No byte of a shard is given before its file was compared with its SHA-256 in this process (integrity.py).
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,30 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from tinylab.data.shards.integrity import damaged_files, read_manifest
-from tinylab.data.shards.writer import (
-    DTYPES,
-    SHARD_TOKENS,
-    SPLITS,
-    START,
-    ShardWriter,
-    build_manifest,
-    fingerprint_of,
-    source_entry,
-)
+from tinylab.data.shards.format import DTYPES, SPLITS, START
+from tinylab.data.shards.integrity import read_manifest, require_complete, require_intact
 from tinylab.errors import DataError
-
-__all__ = [
-    "SHARD_TOKENS",
-    "DocumentSpan",
-    "ShardSet",
-    "ShardWriter",
-    "TokenStream",
-    "build_manifest",
-    "fingerprint_of",
-    "open_shards",
-    "source_entry",
-]
 
 
 @dataclass(frozen=True)
@@ -57,15 +37,21 @@ class DocumentSpan:
 
 
 class TokenStream:
-    """The tokens of one source in one split: the concatenation of its shards, read on demand."""
+    """The tokens of one source in one split: the concatenation of its shards, read on demand.
+
+    What reads raises DataError naming the file when a shard is damaged.
+    """
 
     def __init__(self, root: Path, entry: Mapping[str, Any]) -> None:
+        records = entry["shards"]
         self.n_tokens: int = entry["tokens"]
         self.n_documents: int = entry["documents"]
         self.n_bytes: int = entry["bytes"]
-        self._shards = [_Shard(root, record) for record in entry["shards"]]
-        self._token_ends = np.cumsum([r["tokens"] for r in entry["shards"]], dtype=np.int64)
-        self._document_ends = np.cumsum([r["documents"] for r in entry["shards"]], dtype=np.int64)
+        self._shards = [Shard(root, record) for record in records]
+        self._dtype = DTYPES[records[0]["dtype"] if records else "uint16"]
+        # Position of each shard's first token and number of its first document in the stream; the totals come last.
+        self._tokens = np.cumsum([0, *(r["tokens"] for r in records)], dtype=np.int64)
+        self._documents = np.cumsum([0, *(r["documents"] for r in records)], dtype=np.int64)
 
     def n_windows(self, seq_len: int) -> int:
         """Samples of `seq_len` inputs and targets: windows overlap by one token, the rest of 1…seq_len is left."""
@@ -77,53 +63,48 @@ class TokenStream:
 
     def read_many(self, starts: np.ndarray, count: int) -> np.ndarray:
         """Tokens [s, s + count) for each s of `starts`: (len(starts), count) in the stored type."""
-        starts = np.asarray(starts, dtype=np.int64)
         if len(starts) and (count < 0 or starts.min() < 0 or int(starts.max()) + count > self.n_tokens):
             raise IndexError(f"range outside the stream's {self.n_tokens} tokens")
-        if not self._shards:
-            return np.empty((len(starts), count), dtype=DTYPES["uint16"])
-        out = np.empty((len(starts), count), dtype=self._shards[0].ids.dtype)
-        first = np.searchsorted(self._token_ends, starts, side="right")
-        last = np.searchsorted(self._token_ends, starts + max(count - 1, 0), side="right")
-        for number in np.unique(first):
-            inside = (first == number) & (last == number)
-            if count and inside.any():
-                shard = self._shards[number]
-                windows = np.lib.stride_tricks.sliding_window_view(shard.ids, count)
-                out[inside] = windows[starts[inside] - (self._token_ends[number] - len(shard.ids))]
-        for row in np.flatnonzero(first != last):
-            filled = 0
-            for number in range(first[row], last[row] + 1):
-                shard = self._shards[number]
-                begin = int(starts[row]) + filled - int(self._token_ends[number] - len(shard.ids))
-                part = shard.ids[begin : begin + count - filled]
-                out[row, filled : filled + len(part)] = part
-                filled += len(part)
+        out = np.empty((len(starts), count), dtype=self._dtype)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            number, filled = self._shard_at(start), 0
+            while filled < count:
+                begin = start + filled - int(self._tokens[number])
+                part = self._shards[number].ids[begin : begin + count - filled]
+                row[filled : filled + len(part)] = part
+                number, filled = number + 1, filled + len(part)
         return out
+
+    def shards_of(self, starts: np.ndarray, count: int) -> list[Shard]:
+        """The shards that hold tokens [s, s + count) for each s of `starts`, in the order of their first use."""
+        first = np.searchsorted(self._tokens, starts, side="right") - 1
+        last = np.searchsorted(self._tokens, starts + count - 1, side="right") - 1
+        numbers = dict.fromkeys(n for a, b in zip(first, last, strict=True) for n in range(a, b + 1))
+        return [self._shards[n] for n in numbers]
 
     def locate(self, position: int) -> str:
         """The file and the token in it at a position of the stream, for messages."""
-        number = int(np.searchsorted(self._token_ends, position, side="right"))
-        return f"{self._shards[number].path}, token {position - self._tokens_before(number)}"
+        number = self._shard_at(position)
+        return f"{self._shards[number].path}, token {position - self._tokens[number]}"
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
         """Positions in [start, start + count), relative to `start`, at which a document begins: int64, ascending."""
         found = [np.empty(0, dtype=np.int64)]
-        number = int(np.searchsorted(self._token_ends, start, side="right"))
-        while number < len(self._shards) and self._tokens_before(number) < start + count:
-            offset, starts = start - self._tokens_before(number), self._shards[number].starts
+        for number in range(self._shard_at(start), len(self._shards)):
+            offset = start - int(self._tokens[number])
+            if offset + count <= 0:
+                break
+            starts = self._shards[number].starts
             low, high = np.searchsorted(starts, [offset, offset + count], side="left")
             found.append(starts[low:high] - offset)
-            number += 1
         return np.concatenate(found)
 
     def documents(self, start: int, count: int) -> list[DocumentSpan]:
         """The documents that tokens [start, start + count) belong to, in order."""
         if count <= 0 or not self.n_documents:
             return []
-        first = self._document_at_or_after(start + 1) - 1
         spans = []
-        for i in range(first, self._document_at_or_after(start + count)):
+        for i in range(self._document_at_or_after(start + 1) - 1, self._document_at_or_after(start + count)):
             begin, end = self._document_start(i), self._document_start(i + 1)
             line = self.document_line(i)
             low, high = max(begin, start) - start, min(end, start + count) - start
@@ -143,60 +124,74 @@ class TokenStream:
         """What is stored about document `i`: origin, bytes and sha256 of its text, tokens."""
         if not 0 <= i < self.n_documents:
             raise IndexError(f"document {i} outside the stream's {self.n_documents} documents")
-        number = int(np.searchsorted(self._document_ends, i, side="right"))
-        return self._shards[number].line(i - self._documents_before(number))
+        number = int(np.searchsorted(self._documents, i, side="right")) - 1
+        return self._shards[number].line(i - int(self._documents[number]))
 
-    def _documents_before(self, number: int) -> int:
-        return int(self._document_ends[number - 1]) if number else 0
-
-    def _tokens_before(self, number: int) -> int:
-        return int(self._token_ends[number - 1]) if number else 0
+    def _shard_at(self, position: int) -> int:
+        """Number of the shard that holds the token at `position`; past the last one, the number of shards."""
+        return int(np.searchsorted(self._tokens, position, side="right")) - 1
 
     def _document_start(self, i: int) -> int:
         """Position of the first token of document `i`; the stream's length for the one past the last."""
         if i >= self.n_documents:
             return self.n_tokens
-        number = int(np.searchsorted(self._document_ends, i, side="right"))
-        return self._tokens_before(number) + int(self._shards[number].starts[i - self._documents_before(number)])
+        number = int(np.searchsorted(self._documents, i, side="right")) - 1
+        return int(self._tokens[number] + self._shards[number].starts[i - self._documents[number]])
 
     def _document_at_or_after(self, position: int) -> int:
         """Number of the first document that begins at `position` or later."""
         if position >= self.n_tokens:
             return self.n_documents
-        number = int(np.searchsorted(self._token_ends, position, side="right"))
-        inside = np.searchsorted(self._shards[number].starts, position - self._tokens_before(number), side="left")
-        return self._documents_before(number) + int(inside)
+        number = self._shard_at(position)
+        inside = np.searchsorted(self._shards[number].starts, position - self._tokens[number], side="left")
+        return int(self._documents[number] + inside)
 
 
-class _Shard:
-    """One shard's files as memory maps, opened at first use."""
+class Shard:
+    """One shard's files as memory maps, each compared with its SHA-256 when it is first asked for, by any thread."""
 
     def __init__(self, root: Path, record: Mapping[str, Any]) -> None:
-        self._root, self._record = root, record
         self.path = root / record["file"]
+        self._root, self._record = root, record
+        self._maps: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def ids(self) -> np.ndarray:
-        return self._map(self._record["file"], DTYPES[self._record["dtype"]])
+        """Its tokens, in the stored type. Raises DataError when the file is damaged."""
+        return self._map(self._record, DTYPES[self._record["dtype"]])
 
-    @cached_property
+    @property
     def starts(self) -> np.ndarray:
-        return self._map(self._record["index"]["file"], START)
-
-    @cached_property
-    def _lines(self) -> np.ndarray:
-        return self._map(self._record["origins"]["file"], np.dtype("u1"))
+        """Position of each document's first token in the shard: int64. Raises DataError when the file is damaged."""
+        return self._map(self._record["index"], START)
 
     @cached_property
     def _line_ends(self) -> np.ndarray:
         return np.flatnonzero(self._lines == ord("\n"))
 
+    @property
+    def _lines(self) -> np.ndarray:
+        return self._map(self._record["origins"], np.dtype("u1"))
+
     def line(self, i: int) -> dict[str, Any]:
+        """What is stored about the shard's document `i`. Raises DataError when the file is damaged."""
         begin = int(self._line_ends[i - 1]) + 1 if i else 0
         return json.loads(self._lines[begin : int(self._line_ends[i])].tobytes())
 
-    def _map(self, file: str, dtype: np.dtype) -> np.ndarray:
-        return np.asarray(np.memmap(self._root / file, dtype=dtype, mode="r"))
+    def verify(self, *, index: bool) -> None:
+        """Compare the file of ids, and with `index` that of document starts, unless it is done: ahead of their use."""
+        _ = self.ids
+        if index:
+            _ = self.starts
+
+    def _map(self, entry: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+        file = entry["file"]
+        with self._lock:  # whoever needs a file that another thread compares waits for it
+            if file not in self._maps:
+                require_intact(self._root, entry)
+                self._maps[file] = np.asarray(np.memmap(self._root / file, dtype=dtype, mode="r"))
+            return self._maps[file]
 
 
 class ShardSet:
@@ -226,20 +221,13 @@ class ShardSet:
         return self._streams[split, name]
 
 
-def open_shards(path: str | Path, *, verify: bool = True) -> ShardSet:
-    """The prepared data in folder `path`, every file of it checked against the manifest unless `verify` is off.
+def open_shards(path: str | Path) -> ShardSet:
+    """The prepared data in folder `path`, opened in a time that does not depend on their size.
 
-    A file's digest is computed once per process as long as size and times stay (threads hash in parallel).
-    Raises DataError naming every missing or damaged file.
+    The manifest, the tokenizer and the presence and size of every file are checked now, a shard's SHA-256 when it is
+    first read (`verify_shards` compares all). Raises DataError naming every missing or damaged file found.
     """
     path = Path(path).absolute()
     manifest = read_manifest(path)
-    if verify:
-        problems = damaged_files(path, manifest)
-        if problems:
-            raise DataError(
-                f"{path} must be as it was prepared; found {len(problems)} damaged files: "
-                + "; ".join(problems)
-                + ". Restore them from a copy, or delete the folder and prepare it again (tinylab prepare)"
-            )
+    require_complete(path, manifest)
     return ShardSet(path, manifest)

@@ -146,7 +146,13 @@ class Tokenizer:
 
             spm.parse(self._model)  # a message of ours for what is no model
             self._sentencepiece = sentencepiece.SentencePieceProcessor()
-            self._sentencepiece.LoadFromSerializedProto(self._model)
+            try:
+                self._sentencepiece.LoadFromSerializedProto(self._model)
+            except Exception as error:  # it raises bare RuntimeErrors
+                raise DataError(
+                    f"{MODEL_FILE} must be a model that SentencePiece accepts; found: {error}. "
+                    "Restore the file from a copy, or use another tokenizer"
+                ) from error
 
     def _engine(self, name: str) -> Callable[[Sequence[str]], list[list[int]]]:
         """The encoder of a batch by engine `name`."""

@@ -58,6 +58,11 @@ def load_tokenizer_file(path: str | Path) -> Tokenizer:
         return Tokenizer(json_text=text, settings=settings).accelerate()
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    except Exception as error:  # the libraries raise many kinds for a file that only looks like a tokenizer
+        raise DataError(
+            f"{path} must hold a tokenizer that encodes text; found: {error!r}. "
+            "Restore its files from a copy, or use another tokenizer"
+        ) from error
 
 
 def fetch_tokenizer(name: str) -> Tokenizer:
@@ -86,6 +91,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
 def _with_model(model: bytes, json_text: str | None, settings: dict[str, Any]) -> Tokenizer:
     """The first of tokenizer.json, the rebuilt one and SentencePiece itself that gives SentencePiece's ids."""
     notes: list[str] = []
+    plain = Tokenizer(model=model, settings=settings)
     parsed = spm.parse(model)
     reason = parsed.why_not_rebuilt()
     candidates: list[tuple[str, Callable[[], str]]] = []
@@ -101,9 +107,8 @@ def _with_model(model: bytes, json_text: str | None, settings: dict[str, Any]) -
             tokenizer.notes = notes
             return tokenizer.accelerate()
         notes += [f"{name}: {note.partition('; using')[0]}" for note in tokenizer.notes]
-    tokenizer = Tokenizer(model=model, settings=settings)
-    tokenizer.notes = [*notes, "using sentencepiece"] if candidates else notes
-    return tokenizer
+    plain.notes = [*notes, "using sentencepiece"] if candidates else notes
+    return plain
 
 
 def _read(path: Path) -> bytes:
