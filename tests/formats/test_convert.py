@@ -208,7 +208,7 @@ def test_two_conversions_to_one_target_leave_one_whole(source: Path, tmp_path: P
 def test_what_a_killed_conversion_left_is_removed(source: Path, tmp_path: Path):
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    left, running = (f".tmp-copy.{socket.gethostname()}.{pid}" for pid in (killed.pid, os.getppid()))
+    left, running = (f".tmp-copy.{socket.gethostname()}.{pid}.0123abcd" for pid in (killed.pid, os.getppid()))
     for name in (left, running):
         (tmp_path / name).mkdir()
     convert(source, tmp_path / "copy")

@@ -55,7 +55,7 @@ def load_tokenizer_file(path: str | Path) -> Tokenizer:
         text = None if json_text is None else json_text.decode()
         if model is not None:
             return _with_model(model, text, settings)
-        return Tokenizer(json_text=text, settings=settings).accelerate()
+        return Tokenizer(json_text=text, settings=settings).check(SAMPLE).accelerate()
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # the libraries raise many kinds for a file that only looks like a tokenizer
