@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinylab.evaluation.compare import compare as compare
     from tinylab.evaluation.evaluate import evaluate as evaluate
     from tinylab.evaluation.published import published as published
-    from tinylab.evaluation.records import Scores as Scores
+    from tinylab.evaluation.scores import Scores as Scores
     from tinylab.model.generate import generate as generate
     from tinylab.planner import plan as plan
     from tinylab.runs.folder import Run as Run
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "Run": "tinylab.runs.folder:Run",
-    "Scores": "tinylab.evaluation.records:Scores",
+    "Scores": "tinylab.evaluation.scores:Scores",
     "compare": "tinylab.evaluation.compare:compare",
     "evaluate": "tinylab.evaluation.evaluate:evaluate",
     "generate": "tinylab.model.generate:generate",

@@ -144,7 +144,7 @@ def _report(run: Run) -> str:
 
 def _results(run: Run) -> dict[str, Any]:
     """Validation loss and every probe at the first and the last checkpoint, with 95% intervals, chance and baseline."""
-    from tinylab.evaluation.records import Scores
+    from tinylab.evaluation.scores import Scores
 
     losses = _validation_losses(run)
     rows = [r for r in Scores(run.evaluations_path).rows() if r["step"] is not None]

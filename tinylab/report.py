@@ -105,7 +105,7 @@ def _training(runs: list[Run]) -> str:
 def _scores(run: Run) -> str:
     """Trajectories of every task in the run's store above the published ones, and a table of all measurements."""
     from tinylab.evaluation.published import published
-    from tinylab.evaluation.records import Scores
+    from tinylab.evaluation.scores import Scores
 
     try:
         table = Scores(run.evaluations_path).table()

@@ -14,7 +14,7 @@ from tinylab.analysis.loss_spikes import loss_spikes
 from tinylab.analysis.score_moves import mean_contributions, own_moves, published_moves
 from tinylab.evaluation.evaluate import evaluate
 from tinylab.evaluation.published import published
-from tinylab.evaluation.records import Scores
+from tinylab.evaluation.scores import Scores
 from tinylab.runs.folder import Run
 
 

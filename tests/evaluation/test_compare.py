@@ -7,9 +7,11 @@ import json
 import pytest
 
 from tinylab.errors import ConfigError, EvaluationError, NothingFoundError
-from tinylab.evaluation.compare import compare, compare_records
+from tinylab.evaluation.compare import compare
 from tinylab.evaluation.evaluate import evaluate
-from tinylab.evaluation.records import Key, ResultStore, Scores, items_hash, margin, predictions
+from tinylab.evaluation.paired import compare_records
+from tinylab.evaluation.records import Key, ResultStore, items_hash
+from tinylab.evaluation.scores import Scores, margin, predictions
 from tinylab.evaluation.statistics import mcnemar
 
 PROFILE = {"name": "p", "add_bos": False, "dtype": "fp32"}
@@ -131,7 +133,7 @@ def test_the_same_weights_are_recognised_under_two_names(lab, tmp_path):
 
 def test_missing_results_are_scored_first_unless_told_not_to(lab, tmp_path):
     a, b = lab.checkpoints
-    with pytest.raises(NothingFoundError, match="holds no results of small@4"):
+    with pytest.raises(NothingFoundError, match="must hold results of small@4; found none"):
         compare(a, b, store=tmp_path, evaluate_missing=False, progress=False)
     comparison = compare(a, b, store=tmp_path, progress=False)
     assert [row["task"] for row in comparison.rows()] == ["continuation", "code"]
@@ -160,5 +162,5 @@ def test_a_limit_and_a_profile_are_kept_though_the_store_holds_more(lab, tmp_pat
     held = {"store": tmp_path, "evaluate_missing": False, "progress": False}
     (pair,) = compare(*lab.checkpoints, profile="current", **held).pairs
     assert pair.a.header["profile"]["name"] == "current" and pair.result.n == 5
-    with pytest.raises(NothingFoundError, match="holds no results of small@4"):
+    with pytest.raises(NothingFoundError, match="must hold results of small@4; found none"):
         compare(*lab.checkpoints, limit=6, **held)

@@ -18,8 +18,8 @@ from tinylab.evaluation.compare import compare
 from tinylab.evaluation.evaluate import evaluate
 from tinylab.evaluation.lm_eval_model import TinylabLM
 from tinylab.evaluation.probes import build_probe
-from tinylab.evaluation.records import Scores, score_item
 from tinylab.evaluation.score_model import run_task
+from tinylab.evaluation.scores import Scores, score_item
 from tinylab.evaluation.tasks import BENCHMARK_FILES, benchmark, probe
 from tinylab.runs.folder import Run
 
@@ -231,7 +231,7 @@ def test_what_is_missing_is_named(lab, tmp_path, shared):
         evaluate("small@4", all_checkpoints=True)
     folder = tmp_path / "copy"
     shutil.copytree(lab.checkpoints[0], folder)
-    with pytest.raises(EvaluationError, match="copy is no checkpoint of a run, so name the prepared data"):
+    with pytest.raises(EvaluationError, match="copy is not a checkpoint of a run. Name the prepared data"):
         evaluate(folder)
     (tmp_path / "piqa.jsonl").write_text('{"goal": "x"}\n')
     with pytest.raises(EvaluationError, match=r"the documents of piqa .file:piqa.jsonl. must have the fields"):

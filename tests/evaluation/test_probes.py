@@ -10,19 +10,23 @@ from typing import Any, cast
 
 import pytest
 
-from tinylab.data.shards.reader import open_shards
+from tinylab.data.shards.reader import ShardSet, open_shards
 from tinylab.data.tokenizer.load import load_tokenizer_file
 from tinylab.errors import DataError
 from tinylab.evaluation.probes import (
     _PASSAGES,
     CHOICE_TOKENS,
     CONTEXT_TOKENS,
+    PROBES,
     VERSION,
     build_probe,
-    build_probes,
     documents,
     word_overlap,
 )
+
+
+def build_probes(shards: ShardSet) -> dict[str, list[dict[str, Any]]]:
+    return {task: build_probe(shards, task) for task in PROBES}
 
 
 def test_word_overlap_is_the_share_of_items_that_shared_words_decide():

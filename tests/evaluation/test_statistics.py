@@ -10,12 +10,10 @@ import pytest
 from scipy import stats
 
 from tinylab.evaluation.statistics import (
+    Z95,
     bootstrap_mean,
     holm,
-    items_needed,
     mcnemar,
-    normal_p,
-    normal_quantile,
     paired,
     standard_error,
     unpaired_z,
@@ -109,6 +107,10 @@ def test_paired_interval_covers_as_stated_with_few_flips_and_with_many(p_a, p_b)
     assert covered >= 0.945
 
 
+def test_a_normal_interval_of_95_percent_reaches_as_far_as_scipys():
+    assert pytest.approx(stats.norm.ppf(0.975), rel=1e-14) == Z95
+
+
 def test_no_flip_among_few_items_is_no_proof_of_equality():
     low, high = paired([True] * 20, [True] * 20).interval()
     assert low == -high and high > 0.05
@@ -124,7 +126,7 @@ def test_bootstrap_of_the_mean_agrees_with_its_closed_form():
     items = {"few": rng.integers(-1, 2, 300), "many": rng.normal(0.1, 1, 400)}
     result = bootstrap_mean(items)
     assert result.difference == pytest.approx(np.mean([items["few"].mean(), items["many"].mean()]))
-    half = normal_quantile(0.95) * result.stderr
+    half = Z95 * result.stderr
     assert result.high - result.low == pytest.approx(2 * half, rel=0.05)  # 10,000 draws: quantile noise about 2%
     assert result == bootstrap_mean(items), "the seed is fixed"
 
@@ -170,19 +172,4 @@ def test_unpaired_z_finds_the_published_changes_from_counts():
     assert unpaired_z(2067, 3270, 1891, 3270) == pytest.approx(-4.46, abs=0.005)
     assert unpaired_z(5921, 10042, 5945, 10042) == pytest.approx(0.35, abs=0.01)  # the page rounded percentages first
     assert unpaired_z(0, 5, 0, 9) == 0.0
-    assert normal_p(1.959964) == pytest.approx(0.05, abs=1e-6)
     assert standard_error(5945, 10042) == pytest.approx(0.0049, abs=5e-5)
-
-
-def test_items_needed_reaches_the_power_it_promises():
-    share, difference = 0.2, 0.05
-    n = items_needed(share, difference)
-    rng = np.random.default_rng(2)
-    up = (share + difference) / 2
-    found = 0
-    for _ in range(400):
-        only_b, only_a, _ = rng.multinomial(n, [up, share - up, 1 - share])
-        found += mcnemar(int(only_a), int(only_b)) <= 0.05
-    assert 0.72 <= found / 400 <= 0.86  # the exact test is a little conservative; sampling error 2 points
-    with pytest.raises(ValueError, match="discordant share"):
-        items_needed(0.1, 0.2)

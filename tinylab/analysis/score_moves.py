@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from tinylab.evaluation.paired import compare_records
-from tinylab.evaluation.records import Record, Scores
-from tinylab.evaluation.statistics import holm, normal_p, unpaired_z
+from tinylab.evaluation.records import Record
+from tinylab.evaluation.scores import Scores
+from tinylab.evaluation.statistics import Z95, holm, unpaired_z
 
 if TYPE_CHECKING:
     import pandas
 
 
-def own_moves(store: Any, alpha: float = 0.05) -> pandas.DataFrame:
+def own_moves(store: str | Path, alpha: float = 0.05) -> pandas.DataFrame:
     """One row per task and pair of neighbouring checkpoints of a store, joined item by item.
 
     Neighbours are the nearest two scored on the same items under one profile, task by task.
     Columns: `task, from, to` (labels), `tokens` (after), `change, low, high` (fractions), `right to wrong`,
     `wrong to right`, `p` (exact McNemar), `p_holm` (over the whole table), `significant` (p_holm < alpha).
     """
-    import pandas
-
     series: dict[tuple[str, str, str, str], list[Record]] = {}
     for record in Scores(store).records():
         if record.header.get("tokens") is not None:
@@ -35,8 +36,7 @@ def own_moves(store: Any, alpha: float = 0.05) -> pandas.DataFrame:
             | {"tokens": after.header["tokens"], "change": row["difference"], "low": row["low"]}
             | {"high": row["high"], "right to wrong": row["only_a"], "wrong to right": row["only_b"], "p": row["p"]}
         )
-    rows.sort(key=lambda row: (row["task"], row["tokens"]))
-    return pandas.DataFrame(_with_holm(rows, alpha))
+    return _with_holm(sorted(rows, key=lambda row: (row["task"], row["tokens"])), alpha)
 
 
 def published_moves(table: pandas.DataFrame, alpha: float = 0.05) -> pandas.DataFrame:
@@ -44,21 +44,17 @@ def published_moves(table: pandas.DataFrame, alpha: float = 0.05) -> pandas.Data
 
     `table` is `published()`. Columns as in `own_moves`, without the counts of items that changed side.
     """
-    import pandas
-
     known: Any = table[table["n"].notna() & table["label"].str.endswith("k")]
-    known = known.sort_values("tokens")
     rows = []
-    for task, group in known.groupby("task", sort=False):
-        records = group.to_dict("records")
-        for a, b in pairwise(records):
+    for task, group in known.sort_values("tokens").groupby("task", sort=False):
+        for a, b in pairwise(group.to_dict("records")):
             z = unpaired_z(int(a["k"]), int(a["n"]), int(b["k"]), int(b["n"]))
-            change, half = b["k"] / b["n"] - a["k"] / a["n"], 1.96 * (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5
+            change, half = b["k"] / b["n"] - a["k"] / a["n"], Z95 * (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5
             rows.append(
                 {"task": task, "from": a["label"], "to": b["label"], "tokens": b["tokens"], "change": change}
-                | {"low": change - half, "high": change + half, "p": normal_p(z)}
+                | {"low": change - half, "high": change + half, "p": 2 * NormalDist().cdf(-abs(z))}
             )
-    return pandas.DataFrame(_with_holm(rows, alpha))
+    return _with_holm(rows, alpha)
 
 
 def mean_contributions(table: pandas.DataFrame, before: str, after: str) -> pandas.DataFrame:
@@ -69,21 +65,19 @@ def mean_contributions(table: pandas.DataFrame, before: str, after: str) -> pand
     """
     import pandas
 
-    known: Any = table[table["n"].notna() & table["label"].isin([before, after])]
-    wide: Any = {
-        label: group.set_index("task")["k"] / group.set_index("task")["n"] for label, group in known.groupby("label")
-    }
-    rows = []
-    for task in wide[before].index.intersection(wide[after].index):
-        a, b = 100 * float(wide[before][task]), 100 * float(wide[after][task])
-        rows.append({"task": task, "before": a, "after": b, "change": b - a})
-    for row in rows:
-        row["of the mean"] = row["change"] / len(rows)
-    mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("before", "after", "change")}
-    rows.sort(key=lambda r: -abs(r["change"]))
-    return pandas.DataFrame([*rows, {"task": "mean", **mean, "of the mean": mean["change"]}])
+    known: Any = table[table["n"].notna()]
+    percent = (100 * known["k"] / known["n"]).groupby([known["task"], known["label"]], sort=False).first().unstack()
+    rows = percent[[before, after]].dropna().set_axis(["before", "after"], axis=1)
+    rows = rows.assign(change=rows["after"] - rows["before"])
+    rows["of the mean"] = rows["change"] / len(rows)
+    rows = rows.sort_values("change", key=abs, ascending=False, kind="stable")
+    mean = rows.mean()
+    mean["of the mean"] = mean["change"]
+    return pandas.concat([rows, mean.to_frame("mean").T]).rename_axis("task").reset_index()
 
 
-def _with_holm(rows: list[dict[str, Any]], alpha: float) -> list[dict[str, Any]]:
-    adjusted = holm([row["p"] for row in rows]) if rows else []
-    return [row | {"p_holm": p, "significant": p < alpha} for row, p in zip(rows, adjusted, strict=True)]
+def _with_holm(rows: list[dict[str, Any]], alpha: float) -> pandas.DataFrame:
+    import pandas
+
+    adjusted = holm([row["p"] for row in rows])
+    return pandas.DataFrame([r | {"p_holm": p, "significant": p < alpha} for r, p in zip(rows, adjusted, strict=True)])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from tinylab.cli.output import Answer, table
 from tinylab.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tinylab.evaluation.records import Record
 
 
 def evaluate_verb(
@@ -26,7 +22,7 @@ def evaluate_verb(
     device: str = "cpu",
     all_checkpoints: bool = False,
 ) -> Answer:
-    """Score models and keep every item; what the store holds already is not computed again.
+    """Score models and keep every item; what the store already holds is not computed again.
 
     Args:
         refs: models: folders, RUN (its newest checkpoint), RUN@STEP, RUN@1.5M (tokens).
@@ -35,7 +31,7 @@ def evaluate_verb(
         store: folder of results; default: a run's own evaluations/, else evaluations/ in TINYLAB_HOME.
         data: data folder that the probes are made from; default: that of the run.
         data_dir: folder of <task>.jsonl files for the benchmarks; default: the Hub.
-        profile: prompts, shots and metrics.
+        profile: the settings under which scores may be compared: tinyllama-2023 or current.
         limit: at most this many items of each task.
         device: cpu or cuda.
         all_checkpoints: every checkpoint of each RUN instead of the newest.
@@ -43,45 +39,28 @@ def evaluate_verb(
     if not refs:
         raise ConfigError("evaluate needs at least one REF; found none. List runs: tinylab runs")
     from tinylab.evaluation.evaluate import evaluate
+    from tinylab.evaluation.scores import row_of
 
-    records = evaluate(
-        refs,
-        tasks,
-        store,
-        data=data,
-        data_dir=data_dir,
-        profile=profile,
-        limit=limit,
-        device=device,
-        all_checkpoints=all_checkpoints,
-    )
-    rows = rows_of(records)
-    return Answer(rows, _table(rows))
+    settings = {"data": data, "data_dir": data_dir, "profile": profile, "limit": limit, "device": device}
+    return _answer([row_of(r) for r in evaluate(refs, tasks, store, all_checkpoints=all_checkpoints, **settings)])
 
 
-def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row per record, as `scores` gives them: value with 95% interval, items, chance."""
-    from tinylab.evaluation.records import row_of
-
-    return [row_of(record) for record in records]
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """The columns that fit a terminal; `--json` has all of them."""
-    return table(rows, ["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance", "baseline"])
+def _answer(rows: list[dict[str, Any]]) -> Answer:
+    """All columns as JSON; as text those that fit a terminal."""
+    shown = ["label", "tokens", "task", "metric", "value", "low", "high", "n", "chance", "baseline"]
+    return Answer(rows, table(rows, shown))
 
 
 def scores_verb(store: Annotated[str, arg(metavar="STORE")], /, metric: str | None = None) -> Answer:
-    """Scores of a store with 95% intervals, chance, and the baseline of a rule that needs no model.
+    """Scores of a store with 95% intervals, chance, and the baseline: what a rule scores that needs no model.
 
     Args:
         store: folder of results, or a run (its own evaluations/).
         metric: acc, acc_norm, acc_bytes or acc_mutual_info; default: that of each task.
     """
-    from tinylab.evaluation.records import Scores
+    from tinylab.evaluation.scores import Scores
 
-    rows = Scores(store).rows(metric)
-    return Answer(rows, _table(rows))
+    return _answer(Scores(store).rows(metric))
 
 
 def compare_verb(
@@ -99,13 +78,13 @@ def compare_verb(
     """Two models on the same items, pair by pair: difference with interval, McNemar's test, Holm's correction.
 
     Args:
-        a: the one model, as in evaluate.
-        b: the other one.
-        tasks: default: all that the store holds for both; the probes when there is none. What is missing is scored.
+        a: the first model, as in evaluate.
+        b: the second one; differences are B minus A.
+        tasks: default: all that the store holds for both, or the probes where it holds none. What is missing is scored.
         store: folder of results that holds both; default: as in evaluate.
         data: data folder that the probes are made from; default: that of the run.
         data_dir: folder of <task>.jsonl files for the benchmarks.
-        profile: default: the one of the results that are there; tinyllama-2023 for what is scored now.
+        profile: default: that of the stored results; tinyllama-2023 for what is scored now.
         limit: at most this many items of each task.
         device: cpu or cuda.
     """

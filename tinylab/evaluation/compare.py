@@ -1,4 +1,4 @@
-"""Compare two models by name: score what is missing, then pair their stored items."""
+"""Compare two models by name: score what is missing, then pair their stored items (evaluation/paired.py)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 
 from tinylab.catalog.reference import Reference, resolve_reference
 from tinylab.errors import NothingFoundError
-from tinylab.evaluation.evaluate import evaluate
-from tinylab.evaluation.paired import Comparison, compare_records
+from tinylab.evaluation.evaluate import evaluate, probe_data
+from tinylab.evaluation.paired import IDENTITY, Comparison, compare_records
+from tinylab.evaluation.probes import PROBES
 from tinylab.evaluation.profile import Profile
 from tinylab.evaluation.profile import profile as find_profile
 from tinylab.evaluation.records import Record, ResultStore, default_store, open_store
-from tinylab.evaluation.score_model import Scoring
-from tinylab.evaluation.tasks import BENCHMARK_FILES, PROBES, expand
-
-__all__ = ["Comparison", "compare", "compare_records"]
+from tinylab.evaluation.score_model import stored_weight_hash
+from tinylab.evaluation.tasks import BENCHMARK_FILES, expand
 
 
 def compare(
@@ -34,65 +33,47 @@ def compare(
 ) -> Comparison:
     """Compare two models on every task that both were scored on; what is missing is scored first.
 
-    tasks, profile, limit: absent, whatever the store holds for both; what is scored now is then the probes, under
-    `tinyllama-2023`, whole. With `evaluate_missing` off nothing is computed. Other arguments as in `evaluate`; a model
-    that is no run takes the other's data for the probes.
+    tasks, profile, limit: absent, whatever the store holds for both; if it holds nothing, all items of the probes are
+    scored under `tinyllama-2023`. With `evaluate_missing` off nothing is computed. Other arguments as in `evaluate`; a
+    model without a run takes the probes from the other's data.
     Raises EvaluationError listing the fields in which profiles or items differ, NothingFoundError without results.
     """
-    first, second = resolve_reference(a), resolve_reference(b)
-    stores = [open_store(store) if store is not None else ResultStore(default_store(r.run)) for r in (first, second)]
-    held = [_held(r, s, profile) for r, s in zip((first, second), stores, strict=True)]
-    theirs = {r.key.task for r in held[1]}
-    common = [task for task in dict.fromkeys(r.key.task for r in held[0]) if task in theirs]
-    if tasks is None and (limit is not None or not common):
-        tasks = common or ("probes",)
-    if tasks is not None and evaluate_missing:
-        if data is None and (run := first.run or second.run) is not None and set(expand(tasks)) & set(PROBES):
-            from tinylab.data.trace import stored_shards
-            from tinylab.runs.folder import Run
-
-            data = stored_shards(Run(run)).path
-        held = [
-            evaluate(
-                r,
-                tasks,
-                s,
-                data=data,
-                data_dir=data_dir,
-                profile=profile or "tinyllama-2023",
-                limit=limit,
-                device=device,
-                progress=progress,
-            )
-            for r, s in zip((first, second), stores, strict=True)
-        ]
-    elif tasks is not None:
-        names = expand(tasks)
-        held = [
-            [r for r in records if r.key.task in names and limit in (None, r.header.get("limit"))] for records in held
-        ]
-    for reference, records, place in zip((first, second), held, stores, strict=True):
+    models = resolve_reference(a), resolve_reference(b)
+    stores = [open_store(store) if store is not None else ResultStore(default_store(m.run)) for m in models]
+    held = [_held(m, s, profile) for m, s in zip(models, stores, strict=True)]
+    if tasks is None:
+        theirs = {r.key.task for r in held[1]}
+        common = [task for task in dict.fromkeys(r.key.task for r in held[0]) if task in theirs]
+        tasks = None if common and limit is None else common or ("probes",)
+    names = [] if tasks is None else expand(tasks)
+    if names and evaluate_missing:
+        if data is None and set(names) & set(PROBES):
+            data = probe_data(next((m for m in models if m.run is not None), models[0]))
+        settings = {"data": data, "data_dir": data_dir, "profile": profile or "tinyllama-2023", "limit": limit}
+        settings |= {"device": device, "progress": progress}
+        held = [evaluate(m, names, s, **settings) for m, s in zip(models, stores, strict=True)]
+    elif names:
+        held = [[r for r in rs if r.key.task in names and limit in (None, r.header.get("limit"))] for rs in held]
+    for model, records, place in zip(models, held, stores, strict=True):
         if not records:
             raise NothingFoundError(
-                f"{place.path} holds no results of {reference.label}; score it: tinylab evaluate {reference.label}"
+                f"{place.path} must hold results of {model.label}; found none. Score it: tinylab evaluate {model.label}"
             )
-    comparison = compare_records(*held)
-    names = {"a": first, "b": second}
-    identities = {
-        side: {"label": r.label, "step": r.step, "tokens": r.tokens, "stage": r.stage}
-        | {"weights": getattr(comparison, side)["weights"]}
-        for side, r in names.items()
-    }
-    return Comparison(**identities, pairs=comparison.pairs, notes=comparison.notes + first.notes + second.notes)
+    found = compare_records(*held)
+    identities = [
+        {f: getattr(model, f) for f in IDENTITY} | {"weights": side["weights"]}
+        for model, side in zip(models, (found.a, found.b), strict=True)
+    ]
+    return Comparison(*identities, pairs=found.pairs, notes=found.notes + models[0].notes + models[1].notes)
 
 
-def _held(reference: Reference, store: ResultStore, profile: str | Profile | None) -> list[Record]:
+def _held(model: Reference, store: ResultStore, profile: str | Profile | None) -> list[Record]:
     """What a store holds for a model, found by its weights; tasks in the order in which they are scored."""
     wanted = None if profile is None else find_profile(profile).hash
     records = [r for r in store.records() if wanted in (None, r.key.profile)]
     if not records:
         return []
-    weights = Scoring(reference, store, Profile(name="any")).weights
+    weights = stored_weight_hash(model.path, store)
     places = {task: i for i, task in enumerate([*PROBES, *BENCHMARK_FILES])}
     held = (r for r in records if r.key.weights == weights)
     return sorted(held, key=lambda r: places.get(r.key.task, len(places)))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinylab.errors import EvaluationError
-from tinylab.evaluation.records import Record, margin, predictions, score_item
+from tinylab.evaluation.records import Record
+from tinylab.evaluation.scores import margin, predictions, score_item
 from tinylab.evaluation.statistics import MeanDifference, Paired, bootstrap_mean, holm, paired
 
 if TYPE_CHECKING:
@@ -39,14 +40,39 @@ class TaskPair:
     @cached_property
     def right(self) -> tuple[np.ndarray, np.ndarray]:
         """Whether A and B are right, item by item: two boolean arrays."""
-        answers = [(score_item(a, self.metric), score_item(b, self.metric)) for a, b in self.items]
-        table = np.array(answers, dtype=bool)
+        table = np.array([[score_item(item, self.metric) for item in pair] for pair in self.items])
         return table[:, 0], table[:, 1]
 
     @cached_property
     def result(self) -> Paired:
         """The 2 x 2 table, the difference and McNemar's p."""
         return paired(*self.right)
+
+    @property
+    def differences(self) -> np.ndarray:
+        """B minus A per item: -1, 0 or 1."""
+        return self.right[1].astype(float) - self.right[0]
+
+    def margins(self) -> list[dict[str, Any]]:
+        """`task, doc_hash, margin_a, margin_b` of every item: the right answer's score minus the best other one's."""
+        return [
+            {"task": self.task, "doc_hash": a["doc_hash"]}
+            | {"margin_a": margin(a, self.metric), "margin_b": margin(b, self.metric)}
+            for a, b in self.items
+        ]
+
+    def flips(self) -> list[dict[str, Any]]:
+        """The items that only one model has right (columns: `Comparison.flips`), in document order."""
+        documents, rows = self.a.documents(), []
+        for (a, b), row, right_a, right_b in zip(self.items, self.margins(), *self.right, strict=True):
+            if right_a != right_b:
+                text = documents.get(a["doc_hash"], {})
+                rows.append(
+                    {**row, "direction": "right → wrong" if right_a else "wrong → right", "gold": a["gold"]}
+                    | {"chosen_a": predictions(a)[self.metric], "chosen_b": predictions(b)[self.metric]}
+                    | {k: text[k] for k in ("prompt", "choices", "origin") if k in text}
+                )
+        return rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +87,7 @@ class Comparison:
 
     @property
     def same_weights(self) -> bool:
-        """Whether both names stand for one and the same model: then every difference below is 0 by identity."""
+        """Whether both names mean the same model: then every difference below is 0 by identity."""
         return self.a["weights"] == self.b["weights"]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -69,9 +95,8 @@ class Comparison:
         only_a, only_b, both_wrong`. Differences are B minus A as fractions, intervals 95%, p exact McNemar; `p_holm`
         is adjusted over all rows of this table.
         """
-        adjusted = holm([pair.result.p for pair in self.pairs])
         rows = []
-        for pair, p_holm in zip(self.pairs, adjusted, strict=True):
+        for pair, p_holm in zip(self.pairs, holm([pair.result.p for pair in self.pairs]), strict=True):
             result = pair.result
             low, high = result.interval()
             rows.append(
@@ -92,7 +117,7 @@ class Comparison:
     @cached_property
     def mean(self) -> MeanDifference:
         """Difference of the plain mean over tasks, with a paired bootstrap interval."""
-        return bootstrap_mean({pair.task: _difference(pair) for pair in self.pairs})
+        return bootstrap_mean({pair.task: pair.differences for pair in self.pairs})
 
     def moved(self) -> list[dict[str, Any]]:
         """What moved the mean: per task its `share` of the difference, and the difference `without` it with interval.
@@ -103,7 +128,7 @@ class Comparison:
             return []
         rows = []
         for pair in self.pairs:
-            rest = bootstrap_mean({p.task: _difference(p) for p in self.pairs if p is not pair})
+            rest = bootstrap_mean({p.task: p.differences for p in self.pairs if p is not pair})
             rows.append(
                 {"task": pair.task, "share": pair.result.difference / len(self.pairs), "without": rest.difference}
                 | {"low": rest.low, "high": rest.high}
@@ -111,31 +136,23 @@ class Comparison:
         return rows
 
     def flips(self, task: str | None = None) -> list[dict[str, Any]]:
-        """Items that changed side, largest change of margin first: `task, direction, doc_hash, margin_a, margin_b,
+        """Items that changed side, largest change of margin first: `task, doc_hash, margin_a, margin_b, direction,
         gold, chosen_a, chosen_b`, and `prompt, choices, origin` where the store has the texts.
 
-        direction is `right → wrong` or `wrong → right`, A to B. Margins are the right answer's score minus the best
-        other one's. Raises EvaluationError for a task that was not compared.
+        direction is `right → wrong` or `wrong → right`, A to B. Raises EvaluationError for a task that was not
+        compared.
         """
         known = [pair.task for pair in self.pairs]
         if task is not None and task not in known:
             raise EvaluationError(f"task must be one of {', '.join(known)}; found {task!r}")
-        return sorted(
-            (row for pair in self.pairs if task in (None, pair.task) for row in _flips(pair)),
-            key=lambda row: -abs(row["margin_b"] - row["margin_a"]),
-        )
+        rows = [row for pair in self.pairs if task in (None, pair.task) for row in pair.flips()]
+        return sorted(rows, key=lambda row: -abs(row["margin_b"] - row["margin_a"]))
 
     def margins(self) -> pandas.DataFrame:
         """`task, doc_hash, margin_a, margin_b, change` of every item: the histogram under the scores."""
         import pandas
 
-        rows = [
-            {"task": pair.task, "doc_hash": a["doc_hash"]}
-            | {"margin_a": margin(a, pair.metric), "margin_b": margin(b, pair.metric)}
-            for pair in self.pairs
-            for a, b in pair.items
-        ]
-        frame = pandas.DataFrame(rows)
+        frame = pandas.DataFrame([row for pair in self.pairs for row in pair.margins()])
         return frame.assign(change=frame["margin_b"] - frame["margin_a"])
 
     def document(self) -> dict[str, Any]:
@@ -155,33 +172,32 @@ class Comparison:
 
     def text(self) -> str:
         """The comparison for a terminal."""
-        lines = [_identity("A", self.a), _identity("B", self.b), *(f"note: {n}" for n in self.notes)]
-        if self.same_weights:
-            lines.append("A and B are the same weights.")
         shown = ["task", "metric", "n", "score_a", "score_b", "difference", "low", "high", "p", "p_holm"]
-        shown += ["only_a", "only_b"]
-        digits = dict.fromkeys(shown[3:8], ".4f") | dict.fromkeys(("p", "p_holm"), ".2g")
-        table = self.table()[shown]
-        table = table.assign(**{name: [format(v, digits[name]) for v in table[name]] for name in digits})
-        lines += ["", table.to_string(index=False)]
-        mean = self.mean
-        lines += [
-            "",
-            f"difference is B - A; p: exact McNemar; p_holm: Holm over a family of {len(self.pairs)}",
-            f"mean over {len(self.pairs)} tasks: {mean.difference:+.4f} "
-            f"(95% {mean.low:+.4f} to {mean.high:+.4f}, paired bootstrap of {mean.draws} draws)",
-        ]
-        lines += [
-            f"  without {row['task']}: {row['without']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
-            for row in self.moved()
-        ]
-        return "\n".join(lines)
+        digits = dict.fromkeys(shown[3:8], "{:.4f}".format) | dict.fromkeys(shown[8:], "{:.2g}".format)
+        mean, count = self.mean, len(self.pairs)
+        return "\n".join(
+            [
+                *(_identity(name, model) for name, model in (("A", self.a), ("B", self.b))),
+                *(f"note: {note}" for note in self.notes),
+                *(["A and B are the same weights."] if self.same_weights else []),
+                "",
+                self.table()[[*shown, "only_a", "only_b"]].to_string(index=False, formatters=digits),
+                "",
+                f"difference is B - A; p: exact McNemar; p_holm: Holm over a family of {count}",
+                f"mean over {count} tasks: {mean.difference:+.4f} (95% {mean.low:+.4f} to {mean.high:+.4f}, "
+                f"paired bootstrap of {mean.draws} draws)",
+                *(
+                    f"  without {r['task']}: {r['without']:+.4f} ({r['low']:+.4f} to {r['high']:+.4f})"
+                    for r in self.moved()
+                ),
+            ]
+        )
 
 
 def compare_records(first: Sequence[Record], second: Sequence[Record]) -> Comparison:
     """Compare two models by their stored records: every task of which both have the same items under one profile.
 
-    Raises EvaluationError listing what differs when no task can be compared; tasks left out stand in `notes`.
+    Raises EvaluationError listing what differs when no task can be compared; `notes` names the tasks left out.
     """
     pairs, refused = [], []
     for task in dict.fromkeys(r.key.task for r in first):
@@ -200,7 +216,7 @@ def compare_records(first: Sequence[Record], second: Sequence[Record]) -> Compar
 
 
 def differences(a: Record, b: Record) -> list[str]:
-    """Why two records of a task must not be compared, field by field; empty when they may."""
+    """Why two records of one task must not be compared, field by field; empty when they may be."""
     ours, theirs = ({k: v for k, v in r.header["profile"].items() if k != "name"} for r in (a, b))
     found = [
         f"profile.{k} is {ours.get(k)!r} and {theirs.get(k)!r}" for k in ours | theirs if ours.get(k) != theirs.get(k)
@@ -215,27 +231,6 @@ def differences(a: Record, b: Record) -> list[str]:
             f"{common} in common"
         )
     return found
-
-
-def _difference(pair: TaskPair) -> np.ndarray:
-    """B minus A per item: -1, 0 or 1."""
-    right_a, right_b = pair.right
-    return right_b.astype(np.float64) - right_a
-
-
-def _flips(pair: TaskPair) -> list[dict[str, Any]]:
-    documents = pair.a.documents()
-    rows = []
-    for (a, b), right_a, right_b in zip(pair.items, *pair.right, strict=True):
-        if right_a != right_b:
-            text = {k: v for k, v in documents.get(a["doc_hash"], {}).items() if k in ("prompt", "choices", "origin")}
-            rows.append(
-                {"task": pair.task, "direction": "right → wrong" if right_a else "wrong → right"}
-                | {"doc_hash": a["doc_hash"], "margin_a": margin(a, pair.metric), "margin_b": margin(b, pair.metric)}
-                | {"gold": a["gold"], "chosen_a": predictions(a)[pair.metric], "chosen_b": predictions(b)[pair.metric]}
-                | text
-            )
-    return rows
 
 
 def _identity(name: str, model: dict[str, Any]) -> str:

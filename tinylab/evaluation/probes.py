@@ -26,6 +26,7 @@ from tinylab.data.tokenizer.load import load_tokenizer_file
 from tinylab.errors import CheckpointError, DataError
 from tinylab.runs.durable import read_lines, write_atomic
 
+PROBES = ("continuation", "code", "docstring")
 VERSION = 2
 """Of the construction below: another version is another task."""
 N_ITEMS = 200
@@ -59,24 +60,6 @@ class Passage:
     answer_tokens: int
 
 
-def build_probes(shards: ShardSet, n_items: int = N_ITEMS, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Items of every probe that the validation split can give at least 20 of, by task.
-
-    An item: `id, context, choices (4), gold, origin, origins (of the choices)`. Kept under DATA/probes as JSON Lines
-    beside an lm-eval YAML file. Raises DataError when no probe is possible.
-    """
-    built: dict[str, list[dict[str, Any]]] = {}
-    problems = []
-    for task in _PASSAGES:
-        try:
-            built[task] = build_probe(shards, task, n_items, seed)
-        except DataError as error:
-            problems.append(str(error))
-    if not built:
-        raise DataError("; ".join(problems))
-    return built
-
-
 def build_probe(shards: ShardSet, task: str, n_items: int = N_ITEMS, seed: int = 0) -> list[dict[str, Any]]:
     """Items of one probe, read from DATA/probes where they were built before; fewer than `n_items` in a small split.
 
@@ -97,6 +80,25 @@ def build_probe(shards: ShardSet, task: str, n_items: int = N_ITEMS, seed: int =
         )
     _keep(folder, path, task, items)
     return items
+
+
+def probe_config(name: str) -> dict[str, Any]:
+    """The lm-eval configuration of a probe, but for its documents: plain values, as its YAML file holds them."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "doc_to_text": "context",  # names of fields: a template is compiled again for every item
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "target_delimiter": "\n" if name == "code" else " ",
+        "metric_list": [
+            {"metric": m, "aggregation": "mean", "higher_is_better": True}
+            for m in ("acc", "acc_norm", "acc_mutual_info")
+        ],
+        "metadata": {"version": VERSION},
+    }
 
 
 def word_overlap(items: list[dict[str, Any]]) -> float:
@@ -258,8 +260,6 @@ def _items(task: str, passages: list[Passage], rng: random.Random) -> list[dict[
 
 def _keep(folder: Path, path: Path, task: str, items: list[dict[str, Any]]) -> None:
     """Write items and YAML beside the data; a folder that cannot be written only costs building them again."""
-    from tinylab.evaluation.tasks import probe_config
-
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     config = probe_config(task) | {"dataset_kwargs": {"data_files": {"validation": str(path)}}}
     with contextlib.suppress(OSError, CheckpointError):

@@ -1,4 +1,4 @@
-"""One model under one profile: identity, the run through lm-eval, and the rows that the store keeps."""
+"""One model on one task under one profile: its identity, the pass through lm-eval, and the rows that are kept."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from tinylab.catalog.reference import Reference, load_model, load_tokenizer
 from tinylab.errors import EvaluationError
 from tinylab.evaluation.profile import Profile
 from tinylab.evaluation.records import Key, Record, ResultStore, items_hash
+from tinylab.evaluation.scores import choice_scores
 from tinylab.evaluation.tasks import EvaluationTask, quiet_lm_eval
-from tinylab.runs.durable import disk_error, read_lines, write_atomic
+from tinylab.runs.durable import read_lines
 from tinylab.runs.manifest import MANIFEST, sha256_file
 
 if TYPE_CHECKING:
     from tinylab.data.tokenizer.encode import Tokenizer
     from tinylab.evaluation.lm_eval_model import TinylabLM
+
+WEIGHTS = "weights.jsonl"
+"""File of a store: weight hash of each committed checkpoint, by the SHA-256 of its manifest."""
 
 
 def say(progress: bool, text: str) -> None:
@@ -29,7 +33,22 @@ def say(progress: bool, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-class Scoring:
+def stored_weight_hash(path: Path, store: ResultStore) -> str:
+    """Weight hash of the model at `path`; for a committed checkpoint computed once and kept beside the results."""
+    from tinylab.formats.identity import weight_hash
+    from tinylab.formats.load import open_weights
+
+    if not (path / MANIFEST).is_file():
+        return weight_hash(open_weights(path))
+    manifest = sha256_file(path / MANIFEST)
+    known = {line["manifest"]: line["weights"] for line in read_lines(store.path / WEIGHTS)[0]}
+    if manifest not in known:
+        known[manifest] = weight_hash(open_weights(path))
+        store.write(WEIGHTS, [{"manifest": m, "weights": w} for m, w in known.items()])
+    return known[manifest]
+
+
+class ModelScorer:
     """Scores one model on tasks into a store. The model is loaded only when the store lacks something."""
 
     def __init__(
@@ -50,21 +69,21 @@ class Scoring:
         """The stored record of a task, computed now unless it is there."""
         documents = list(islice(task.task.eval_docs, self.limit))
         key = Key(
-            weights=self.weights,
+            weights=stored_weight_hash(self.reference.path, self.store),
             tokenizer=self.tokenizer.hash,
             profile=self.profile.hash,
             task=task.name,
             version=task.version,
             items=items_hash(_doc_hash(d) for d in documents),
         )
-        if self.store.has(key):
+        if (kept := self.store.get(key)) is not None:
             say(self.progress, f"{self.reference.label}: {task.name}: {len(documents)} items, in the store already")
-            return self.store.get(key)
+            return kept
         start = time.perf_counter()
         items, texts = run_task(self.lm, task, self.limit)
         if items_hash(item["doc_hash"] for item in items) != key.items:
             raise EvaluationError(
-                f"lm-eval scored other documents of {task.name} than the {len(documents)} it was given"
+                f"lm-eval must score the {len(documents)} documents of {task.name} that it was given; it scored others"
             )
         seconds = time.perf_counter() - start
         self.store.put_documents(key, texts)
@@ -78,14 +97,10 @@ class Scoring:
         """What was scored, how, and by what."""
         import torch
 
-        extra = [] if items[0]["unconditional"] is None else ["acc_mutual_info"]
         return {
-            "label": self.reference.label,
-            "step": self.reference.step,
-            "tokens": self.reference.tokens,
-            "stage": self.reference.stage,
+            **{name: getattr(self.reference, name) for name in ("label", "step", "tokens", "stage")},
             "metric": task.metric,
-            "metrics": ["acc", "acc_norm", "acc_bytes", *extra],
+            "metrics": list(choice_scores(items[0])),
             "chance": task.chance,
             "baseline": task.baseline,
             "profile": {"name": self.profile.name, **self.profile.fields()},
@@ -100,27 +115,6 @@ class Scoring:
             "torch": torch.__version__,
             "time": time.time(),
         }
-
-    @cached_property
-    def weights(self) -> str:
-        """Weight hash of the model; for a committed checkpoint computed once and kept beside the results."""
-        from tinylab.formats.identity import weight_hash
-        from tinylab.formats.load import open_weights
-
-        folder = self.reference.path
-        if not (folder / MANIFEST).is_file():
-            return weight_hash(open_weights(folder))
-        manifest, cache = sha256_file(folder / MANIFEST), self.store.path / "weights.jsonl"
-        known = {line["manifest"]: line["weights"] for line in read_lines(cache)[0]}
-        if manifest not in known:
-            known[manifest] = weight_hash(open_weights(folder))
-            lines = (json.dumps({"manifest": m, "weights": w}) + "\n" for m, w in known.items())
-            try:
-                self.store.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise disk_error(self.store.path, error) from error
-            write_atomic(cache, "".join(lines))
-        return known[manifest]
 
     @cached_property
     def _trainer(self) -> dict[str, Any]:

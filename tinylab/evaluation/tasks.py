@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylab.errors import ConfigError, EvaluationError, did_you_mean
+from tinylab.evaluation.probes import PROBES, probe_config, word_overlap
 from tinylab.evaluation.published import BENCHMARKS
 
 BENCHMARK_FILES = {
@@ -26,7 +27,6 @@ BENCHMARK_FILES = {
     "piqa": ("piqa/piqa.yaml", "validation"),
 }
 """lm-eval's built-in file and the split that is scored."""
-PROBES = ("continuation", "code", "docstring")
 GROUPS = {"probes": ("continuation", "code"), "benchmarks": tuple(BENCHMARK_FILES)}
 """The probe `docstring` is in none: models of a few million parameters stay near chance on it."""
 
@@ -88,31 +88,8 @@ def benchmark(name: str, data_dir: str | Path | None) -> EvaluationTask:
 
 def probe(name: str, items: list[dict[str, Any]], source: str) -> EvaluationTask:
     """A probe's items (evaluation/probes.py) as an lm-eval task."""
-    from tinylab.evaluation.probes import word_overlap
-
     config = _in_memory(probe_config(name), items, "validation")
     return _build(name, config, "acc_mutual_info", 1 / len(items[0]["choices"]), source, word_overlap(items))
-
-
-def probe_config(name: str) -> dict[str, Any]:
-    """The lm-eval configuration of a probe, but for its documents: plain values, as its YAML file holds them."""
-    from tinylab.evaluation.probes import VERSION
-
-    return {
-        "task": name,
-        "dataset_path": "json",
-        "output_type": "multiple_choice",
-        "validation_split": "validation",
-        "doc_to_text": "context",  # names of fields: a template is compiled again for every item
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "target_delimiter": "\n" if name == "code" else " ",
-        "metric_list": [
-            {"metric": m, "aggregation": "mean", "higher_is_better": True}
-            for m in ("acc", "acc_norm", "acc_mutual_info")
-        ],
-        "metadata": {"version": VERSION},
-    }
 
 
 def _in_memory(config: dict[str, Any], documents: list[dict[str, Any]], split: str) -> dict[str, Any]:
