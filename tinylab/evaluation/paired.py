@@ -174,6 +174,7 @@ class Comparison:
         """The comparison for a terminal."""
         shown = ["task", "metric", "n", "score_a", "score_b", "difference", "low", "high", "p", "p_holm"]
         digits = dict.fromkeys(shown[3:8], "{:.4f}".format) | dict.fromkeys(shown[8:], "{:.2g}".format)
+        table: Any = self.table()[[*shown, "only_a", "only_b"]]
         mean, count = self.mean, len(self.pairs)
         return "\n".join(
             [
@@ -181,7 +182,7 @@ class Comparison:
                 *(f"note: {note}" for note in self.notes),
                 *(["A and B are the same weights."] if self.same_weights else []),
                 "",
-                self.table()[[*shown, "only_a", "only_b"]].to_string(index=False, formatters=digits),
+                table.to_string(index=False, formatters=digits),
                 "",
                 f"difference is B - A; p: exact McNemar; p_holm: Holm over a family of {count}",
                 f"mean over {count} tasks: {mean.difference:+.4f} (95% {mean.low:+.4f} to {mean.high:+.4f}, "

@@ -60,9 +60,8 @@ def profile(name: str | Profile) -> Profile:
         "current": Profile(name="current", add_bos=None, lm_eval=version),
     }
     if name not in known:
-        raise ConfigError(
-            f"profile must be one of {', '.join(known)}; found {name!r}; {did_you_mean(name, known, 'choose one of them')}"
-        )
+        hint = did_you_mean(name, known, "choose one of them")
+        raise ConfigError(f"profile must be one of {', '.join(known)}; found {name!r}; {hint}")
     return known[name]
 
 

@@ -57,9 +57,8 @@ def expand(names: str | Sequence[str]) -> list[str]:
     result: list[str] = []
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
-            raise ConfigError(
-                f"tasks must be among {', '.join(known)}; found {name!r}; {did_you_mean(name, known, 'choose one of them')}"
-            )
+            hint = did_you_mean(name, known, "choose one of them")
+            raise ConfigError(f"tasks must be among {', '.join(known)}; found {name!r}; {hint}")
         result += [n for n in GROUPS.get(name, (name,)) if n not in result]
     if not result:
         raise ConfigError(f"tasks must name at least one of {', '.join(known)}; found none")
