@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from tinylab.analysis.series_audit import SeriesAudit, audit_series
 from tinylab.analysis.series_order import _added, find_strays, violation
-from tinylab.catalog.reference import resolve_reference
+from tinylab.catalog.reference import load_model, resolve_reference
 from tinylab.config.architecture import Model
 from tinylab.errors import NothingFoundError
+from tinylab.evaluation.scores import Scores
 from tinylab.formats.huggingface import save_weights
 from tinylab.formats.huggingface_config import write_config
+from tinylab.formats.identity import model_weight_hash
 from tinylab.model.transformer import Llama
+from tinylab.runs.folder import Run
 
 SHAPE = Model(vocab_size=48, n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, seq_len=32)
 STEPS = (0, 1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128)
@@ -251,3 +254,10 @@ def test_random_walks_with_drift_and_noise_are_clean_until_two_points_are_swappe
     strays, sorted_again = judge(order)
     assert len(strays) == 1 and strays[0].fits
     assert [order[i] for i in sorted_again] == list(range(n))
+
+
+def test_a_score_an_audit_and_a_live_model_have_one_weight_hash(lab: Path):
+    path = Run("tiny").checkpoints()[-1]
+    (score, *_) = (r for r in Scores("tiny").records() if r.header["step"] == 24)
+    (row,) = audit_series([path]).table
+    assert row["hash"] == score.key.weights == model_weight_hash(load_model(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinylab.config.architecture import Model
+from tinylab.formats.identity import hash_tensors
 from tinylab.formats.load import open_weights
 from tinylab.runs.manifest import sha256_file
 
@@ -29,7 +31,9 @@ class Fingerprint:
     tokenizer: str | None
     """SHA-256 of tokenizer.json, or of tokenizer.model; None where neither lies beside the weights."""
     hashes: dict[str, str]
-    """SHA-256 per tensor, over its shape, dtype and bytes."""
+    """Hash of each tensor by itself (formats/identity.py)."""
+    hash: str
+    """The weight hash: that of a score's key and of a live model (formats/identity.py)."""
     norm: float
     """Euclidean norm of all weights."""
     nan: int
@@ -41,12 +45,6 @@ class Fingerprint:
     bounds: np.ndarray
     """Where each matrix begins in `sample`, and its end."""
 
-    @property
-    def hash(self) -> str:
-        """One SHA-256 over all tensors: equal exactly when every weight is, whatever the files' layout."""
-        lines = "\n".join(f"{name} {self.hashes[name]}" for name in sorted(self.hashes))
-        return hashlib.sha256(lines.encode()).hexdigest()
-
 
 def fingerprint(path: Path) -> Fingerprint:
     """Read the checkpoint at `path` (any format that opens here). Raises CheckpointError if it is damaged."""
@@ -56,41 +54,41 @@ def fingerprint(path: Path) -> Fingerprint:
     hashes: dict[str, str] = {}
     samples, zero = [], []
     square, nan, infinite = 0.0, 0, 0
-    for name, lazy in weights.tensors.items():  # in file order, so that a fused q, k, v is read once
-        tensor = lazy.load().contiguous()
-        hashes[name] = _sha256(tensor)
-        wide = tensor.float()
-        finite = wide.isfinite()
-        if not finite.all():
-            nan += int(wide.isnan().sum())
-            infinite += int(wide.isinf().sum())
-            wide = torch.where(finite, wide, torch.zeros_like(wide))
-        norm = float(torch.linalg.vector_norm(wide, dtype=torch.float64))
-        square += norm * norm
-        if tensor.ndim == 2:
-            samples.append((name, _sample(wide, quota, name)))
-            if norm == 0.0:
-                zero.append(name)
-    samples.sort(key=lambda item: item[0])
-    values = [value for _, value in samples]
+
+    def measured() -> Iterator[tuple[str, Tensor]]:
+        """Each tensor in name order, measured before it goes on to be hashed: so each is read once."""
+        nonlocal square, nan, infinite
+        for name in sorted(weights.tensors):
+            tensor = weights.tensors[name].load()
+            hashes[name] = hash_tensors([(name, tensor)])
+            wide = tensor.contiguous().float()
+            finite = wide.isfinite()
+            if not finite.all():
+                nan += int(wide.isnan().sum())
+                infinite += int(wide.isinf().sum())
+                wide = torch.where(finite, wide, torch.zeros_like(wide))
+            norm = float(torch.linalg.vector_norm(wide, dtype=torch.float64))
+            square += norm * norm
+            if tensor.ndim == 2:
+                samples.append(_sample(wide, quota, name))
+                if norm == 0.0:
+                    zero.append(name)
+            yield name, tensor
+
+    whole = hash_tensors(measured())
     return Fingerprint(
         model=weights.model,
         dtype=str(weights.dtype).removeprefix("torch."),
         tokenizer=_tokenizer(path),
         hashes=hashes,
+        hash=whole,
         norm=square**0.5,
         nan=nan,
         infinite=infinite,
-        zero=tuple(sorted(zero)),
-        sample=np.concatenate(values) if values else np.empty(0, np.float32),
-        bounds=np.cumsum([0, *(len(v) for v in values)]),
+        zero=tuple(zero),
+        sample=np.concatenate(samples) if samples else np.empty(0, np.float32),
+        bounds=np.cumsum([0, *(len(v) for v in samples)]),
     )
-
-
-def _sha256(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _sample(wide: Tensor, count: int, name: str) -> np.ndarray:
