@@ -207,6 +207,7 @@ def _forward_backward(device: str) -> Iterator[Finding]:
     import torch
 
     from tinylab.config.presets import tiny
+    from tinylab.model.loss import linear_cross_entropy
     from tinylab.model.transformer import Llama
 
     config = tiny().model
@@ -215,7 +216,7 @@ def _forward_backward(device: str) -> Iterator[Finding]:
     model.to(device)
     ids = torch.randint(config.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0)).to(device)
     start = time.perf_counter()
-    loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+    loss = linear_cross_entropy(model.hidden(ids[:, :-1]), model.head.weight, ids[:, 1:]) / ids[:, 1:].numel()
     loss.backward()
     value, seconds = loss.item(), time.perf_counter() - start
     finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)

@@ -12,11 +12,12 @@ import torch
 
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, Parallel, RunConfig, Schedule, Source, Stage, Validation
-from tinylab.data.loader import MASKED, Loader, validation_batches, validation_windows
+from tinylab.data.loader import Loader, validation_batches, validation_windows
 from tinylab.data.order import DataOrder, data_hash, format_hash
 from tinylab.data.shards import integrity
 from tinylab.data.shards.reader import open_shards
 from tinylab.errors import ConfigError, DataError
+from tinylab.model.loss import IGNORED
 
 SEQ = 4
 PROSE = [[*range(10 + i, 12 + i + i % 3), 2] for i in range(20)]
@@ -99,7 +100,7 @@ def test_document_mask_numbers_documents_and_leaves_out_targets_of_another_docum
                 assert torch.equal(left.inputs, right.inputs)
                 # in these documents the id 2 is the end, and nothing else: behind it another document begins
                 ends = left.inputs == 2
-                assert torch.equal(left.targets, right.targets.masked_fill(ends, MASKED))
+                assert torch.equal(left.targets, right.targets.masked_fill(ends, IGNORED))
                 assert left.document_ids is not None and left.document_ids.dtype == torch.int32
                 expected = torch.cumsum(torch.nn.functional.pad(ends[:, :-1], (1, 0)).int(), dim=1)
                 assert torch.equal(left.document_ids, expected.int())

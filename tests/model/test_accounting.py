@@ -20,7 +20,7 @@ from tinylab.model.accounting import (
     parameter_counts,
     training_memory_bytes,
 )
-from tinylab.model.generate import KVCache
+from tinylab.model.cache import KVCache
 from tinylab.model.transformer import Llama
 
 SMALL = Model(vocab_size=64, n_layer=3, d_model=48, n_head=4, n_kv_head=2, d_ff=80, seq_len=32)

@@ -13,7 +13,8 @@ from tinylab.config.architecture import Model, RopeScaling
 from tinylab.errors import ConfigError
 from tinylab.formats.huggingface import save_weights
 from tinylab.formats.huggingface_config import write_config
-from tinylab.model.generate import KVCache, _choose, generate, generate_ids
+from tinylab.model.cache import KVCache
+from tinylab.model.generate import _choose, generate, generate_ids
 from tinylab.model.transformer import Llama
 
 SMALL = Model(
@@ -69,7 +70,7 @@ def test_logits_do_not_depend_on_where_the_cache_was_cut(cut: int):
 def test_a_full_cache_is_refused():
     ours = model()
     cache = KVCache(ours.config, 2, 4, dtype=torch.float32)
-    with pytest.raises(ConfigError, match="holds 4 tokens; 5 were given"):
+    with pytest.raises(ConfigError, match="has room for 4 tokens; found 5"):
         ours(prompt(), cache=cache)
 
 

@@ -5,7 +5,7 @@ Schedule and data order are functions of the step and have no state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from tinylab.checkpoint.store import Snapshot, load_trainer
 from tinylab.config.schema import Parallel, RunConfig
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import compile_model, like, shard_model, whole_tensors
+from tinylab.dist.parallel import compiled, like, shard_model, whole_tensors
 from tinylab.errors import CheckpointError
 from tinylab.formats.identity import model_weight_hash
 from tinylab.formats.load import load_folder
+from tinylab.model.loss import Batch, loss_sum
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_adamw
 
@@ -32,6 +33,8 @@ class TrainState:
     parallel: Parallel
     """How its work is laid out over the ranks."""
     optimizer: torch.optim.Optimizer
+    loss: Callable[[Llama, Batch], Tensor] = loss_sum
+    """Sum of the losses of a micro-batch: compiled where the run asks for it."""
     step: int = 0
     """Optimizer steps done."""
     hours: float = 0.0
@@ -53,8 +56,12 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
     if context.world > 1:
         context.require_equal(model_weight_hash(model), "the weights")
     shard_model(model, config.parallel, context)
-    compile_model(model, config.parallel)
-    state = TrainState(model=model, parallel=config.parallel, optimizer=build_adamw(model, config.optimizer))
+    state = TrainState(
+        model=model,
+        parallel=config.parallel,
+        optimizer=build_adamw(model, config.optimizer),
+        loss=compiled(loss_sum, config.parallel),
+    )
     if checkpoint is not None:
         record, optimizer_tensors, rng = load_trainer(checkpoint)
         state.step, state.hours = record["step"], record["hours"]

@@ -22,9 +22,8 @@ from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder, Samples, check_ranks, data_hash, rank_slice
 from tinylab.data.shards.reader import Shard, ShardSet, TokenStream
 from tinylab.errors import DataError
+from tinylab.model.loss import IGNORED
 
-MASKED = -100
-"""Target of a position that has no loss: the last token of a document, when documents are kept apart."""
 _STEPS_AHEAD = 16
 """Steps whose shards are verified ahead of the one being read."""
 _MOST_HASHING_THREADS = 8
@@ -38,7 +37,7 @@ class MicroBatch:
     inputs: torch.Tensor
     """(B, T) int64."""
     targets: torch.Tensor
-    """(B, T) int64; MASKED where data.document_mask cuts the loss between two documents."""
+    """(B, T) int64; IGNORED where data.document_mask cuts the loss between two documents."""
     document_ids: torch.Tensor | None
     """(B, T) int32, number of the token's document within its sample; None without data.document_mask."""
 
@@ -217,6 +216,6 @@ def _read(config: RunConfig, streams: list[TokenStream], source: np.ndarray, win
     for row in range(len(window)):
         begins[row, streams[source[row]].document_starts(int(window[row]) * seq_len, seq_len + 1)] = 1
     begins[:, 0] = 0
-    targets[torch.from_numpy(begins[:, 1:] == 1)] = MASKED
+    targets[torch.from_numpy(begins[:, 1:] == 1)] = IGNORED
     document_ids = np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)
     return MicroBatch(inputs, targets, torch.from_numpy(document_ids))

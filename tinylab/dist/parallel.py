@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as distributed
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from tinylab.config.schema import Parallel
 from tinylab.dist.context import Context
 from tinylab.model.precision import resolve_precision
+
+P = ParamSpec("P")
 
 
 def strategy_of(parallel: Parallel, context: Context) -> str:
@@ -61,10 +63,9 @@ def reshard(model: nn.Module) -> None:
         give_back()
 
 
-def compile_model(model: nn.Module, parallel: Parallel) -> None:
-    """Compile the model's forward pass in place if `parallel.compile` asks for it: names of parameters stay."""
-    if parallel.compile:
-        model.compile()
+def compiled(function: Callable[P, Tensor], parallel: Parallel) -> Callable[P, Tensor]:
+    """`function` (a forward pass) compiled if `parallel.compile` asks for it; the model's parameters keep their names."""
+    return torch.compile(function) if parallel.compile else function
 
 
 def exchange_with_last(model: nn.Module, last: bool) -> None:

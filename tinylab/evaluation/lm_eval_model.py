@@ -18,7 +18,9 @@ from tqdm import tqdm
 from tinylab.data.tokenizer.encode import Tokenizer
 from tinylab.errors import EvaluationError
 from tinylab.evaluation.batches import Batch, Row, batches
-from tinylab.model.generate import KVCache, generate_ids
+from tinylab.model.cache import KVCache
+from tinylab.model.generate import generate_ids
+from tinylab.model.loss import log_softmax_at
 from tinylab.model.transformer import Llama
 
 LOGITS_AT_ONCE = 2**21
@@ -167,8 +169,8 @@ class TinylabLM(TemplateLM):
         size = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         logs, hits = [], []
         for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = self.model.head(h).float()
-            logs.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
+            logits = self.model.head(h)
+            logs.append(log_softmax_at(logits, t)[1])
             hits.append(logits.argmax(1) == t)
         return torch.cat(logs).double().cpu(), torch.cat(hits).cpu()
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tinylab.config.architecture import Model
 from tinylab.errors import ConfigError
+from tinylab.model.cache import KVCache
 from tinylab.model.transformer import Llama
 
 
@@ -25,32 +25,6 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, room for all of them set aside at once.
-
-    `keys[layer]`, `values[layer]` are (B, K, S, D); `length` tokens are filled. The model advances `length` once
-    a forward pass is through all its layers.
-    """
-
-    def __init__(
-        self, config: Model, batch: int, size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype
-    ) -> None:
-        shape = (config.n_layer, batch, config.n_kv_head, size, config.head_size)
-        self.size, self.length = size, 0
-        self.keys = torch.empty(shape, device=device, dtype=dtype).unbind()
-        self.values = torch.empty(shape, device=device, dtype=dtype).unbind()
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of the next T tokens; give all keys and values so far (B, K, length + T, D)."""
-        stop = self.length + k.shape[2]
-        if stop > self.size:
-            raise ConfigError(f"the key-value cache holds {self.size} tokens; {stop} were given. Make it larger")
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.length : stop] = k
-        values[:, :, self.length : stop] = v
-        return keys[:, :, :stop], values[:, :, :stop]
 
 
 @torch.inference_mode()

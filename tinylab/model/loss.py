@@ -1,21 +1,28 @@
-"""The one loss: negative log-likelihood of the next token in nats, used by training, validation and analysis alike.
+"""The one loss: negative log-likelihood of the next token in nats, for training, validation, analysis and evaluation.
 
-Logits are made a few rows at a time and never exist whole. Letters: N tokens, C model width, V vocabulary.
+Logits are made a few rows at a time and never exist all at once. Letters: N tokens, C model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tinylab.model.transformer import Llama
+from tinylab.model.transformer import Llama
 
 IGNORED = -100
-"""A target that counts nothing, e.g. across a document's boundary."""
+"""A target that has no loss: what follows the end of a document, where documents are kept apart."""
+
+
+def log_softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(logits) (N, V), and its value at each target (N,), 0 where the target is IGNORED; both fp32.
+
+    The second, negated, is the loss. logits (N, V) of any dtype, targets (N,) int64.
+    """
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return log_p, log_p.gather(1, targets[:, None].clamp(min=0))[:, 0] * (targets != IGNORED)
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -42,30 +49,30 @@ class Batch(Protocol):
 
     @property
     def document_ids(self) -> Tensor | None:
-        """(B, T), number of the token's document within its row; None where rows are one text."""
+        """(B, T), number of the token's document within its row; None where each row is one text."""
         raise AssertionError
 
 
-def loss_sum(model: torch.nn.Module, batch: Batch) -> Tensor:
+def loss_sum(model: Llama, batch: Batch) -> Tensor:
     """Sum of the losses of a micro-batch in nats: scalar, fp32. Divide by the targets that count, not by rows."""
-    return model(batch.inputs, batch.targets, document_ids=batch.document_ids)
+    hidden = model.hidden(batch.inputs, document_ids=batch.document_ids)
+    return linear_cross_entropy(hidden, model.head.weight, batch.targets)
 
 
 @torch.no_grad()
 def token_losses(model: Llama, ids: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """Loss of every target in nats (B, T), fp32; 0 where the target is -100."""
+    """Loss of every target in nats (B, T), fp32; 0 where the target is IGNORED."""
     hidden = model.hidden(ids, document_ids=document_ids).flatten(0, 1)
     rows = chunk_rows(model.config.vocab_size, hidden.device)
     chunks = zip(hidden.split(rows), targets.flatten().split(rows), strict=True)
-    losses = [F.cross_entropy(model.head(h).float(), t, reduction="none", ignore_index=IGNORED) for h, t in chunks]
-    return torch.cat(losses).view(targets.shape)
+    return torch.cat([-log_softmax_at(model.head(h), t)[1] for h, t in chunks]).view(targets.shape)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over targets of -log softmax(hidden · weightᵀ)[target], fp32 scalar.
 
-    hidden (…, C), weight (V, C), targets (…) int64 with -100 for none. Products are in autocast's dtype where it is
-    on, everything between them in fp32. The gradient is made in the forward pass, while a chunk's logits are at hand.
+    hidden (…, C), weight (V, C), targets (…) int64 or IGNORED. Products are in autocast's dtype where it is on,
+    everything between them in fp32. The gradient is made in the forward pass, while a chunk's logits are at hand.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -85,14 +92,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(w.shape[0], h.device)
         for start in range(0, h.shape[0], rows):
             chunk = slice(start, start + rows)
-            counts = (targets[chunk] != IGNORED)[:, None]
-            index = targets[chunk, None].clamp(min=0)
-            log_p = torch.log_softmax(h[chunk] @ w.t(), dim=-1, dtype=torch.float32)
-            total -= (log_p.gather(1, index) * counts).sum()
+            log_p, at_target = log_softmax_at(h[chunk] @ w.t(), targets[chunk])
+            total -= at_target.sum()
             if grad_h is not None and grad_w is not None:
-                # d loss / d logits = softmax - one-hot
+                # d loss / d logits = softmax - one-hot, and 0 where there is no loss
+                index = targets[chunk, None].clamp(min=0)
                 grad = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-                grad = grad.mul_(counts).to(dtype)
+                grad = grad.mul_((targets[chunk] != IGNORED)[:, None]).to(dtype)
                 grad_h[chunk] = grad @ w
                 grad_w += grad.t() @ h[chunk]
         if grad_h is not None and grad_w is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,8 @@ from torch import Tensor, nn
 
 from tinylab.config.architecture import Model
 from tinylab.model.attention import attend, document_mask
-from tinylab.model.loss import linear_cross_entropy
+from tinylab.model.cache import KVCache
 from tinylab.model.rope import RopeTables, apply_rope
-
-if TYPE_CHECKING:
-    from tinylab.model.generate import KVCache
 
 
 class Linear(nn.Linear):
@@ -145,21 +141,13 @@ class Llama(nn.Module):
             model.head.weight = model.embed.weight
         return model
 
-    def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor | None = None,
-        *,
-        cache: KVCache | None = None,
-        document_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V) of ids (B, T); with targets (B, T), instead, the sum of their losses in nats (scalar, fp32).
+    def forward(self, ids: Tensor, *, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T), in the head's dtype.
 
-        A target of -100 counts nothing. A cache holds the keys and values of the tokens before `ids`, and takes up
-        theirs. With document_ids (B, T) a token sees only its own document. Logits have the head's dtype.
+        A cache holds the keys and values of the tokens before `ids`, and takes up theirs. With document_ids (B, T) a
+        token sees only its own document.
         """
-        x = self.hidden(ids, cache=cache, document_ids=document_ids)
-        return self.head(x) if targets is None else linear_cross_entropy(x, self.head.weight, targets)
+        return self.head(self.hidden(ids, cache=cache, document_ids=document_ids))
 
     def hidden(self, ids: Tensor, *, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
         """The residual stream after the final norm (B, T, C): what the head reads."""

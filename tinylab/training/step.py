@@ -13,7 +13,7 @@ from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import average_gradients, exchange_with_last, whole_tensor
 from tinylab.errors import TinylabError
-from tinylab.model.loss import IGNORED, loss_sum
+from tinylab.model.loss import IGNORED
 from tinylab.model.precision import Precision, autocast
 
 
@@ -78,7 +78,7 @@ def train_step(
     for i, batch in enumerate(micro_batches, start=1):
         exchange_with_last(state.model, i == len(micro_batches))
         with autocast(context.device, precision):
-            loss = loss_sum(state.model, to_device(batch, context.device))
+            loss = state.loss(state.model, to_device(batch, context.device))
         (loss * scale).backward()
         nats += loss.detach()
     gradients = [p.grad for p in parameters if p.grad is not None]
