@@ -185,21 +185,26 @@ def _precision(device: str) -> Iterator[Finding]:
 
 
 def _attention(device: str) -> Iterator[Finding]:
+    """Which attention backends give the right result here, and why the others do not."""
     import torch
 
-    from tinylab.model.attention import backends
+    from tinylab.model.attention import BACKENDS
+    from tinylab.model.attention_choice import why_not
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    found = backends(device, dtype)
-    live = [name for name, reason in found.items() if reason is None]
-    state = "ok" if live else "problem"
-    yield Finding(
-        "attention", state, f"live on {device}: {', '.join(live) or 'none'}", "" if live else "make clean setup"
-    )
-    for name, reason in found.items():
-        if reason is not None:
-            remedy = "bash env/install-gpu-extras.sh" if device == "cuda" and name in ("flash-attn", "xformers") else ""
-            yield Finding(f"attention {name}", "note", reason, remedy)
+    reasons = {name: why_not(name, device, dtype) for name in BACKENDS}
+    live = [name for name, reason in reasons.items() if reason is None]
+    state, remedy = ("ok", "") if live else ("problem", "make clean setup")
+    yield Finding("attention", state, f"works on {device}: {', '.join(live) or 'no backend'}", remedy)
+    for name, reason in reasons.items():
+        if reason is None:
+            continue
+        remedy = ""
+        if device == "cpu" and name not in ("torch", "flash", "math"):
+            reason = "needs a CUDA device"
+        elif reason.startswith("not installed"):
+            reason, remedy = "not installed (optional)", "bash env/install-gpu-extras.sh"
+        yield Finding(f"attention {name}", "note", reason, remedy)
 
 
 def _forward_backward(device: str) -> Iterator[Finding]:

@@ -195,6 +195,11 @@ class Parallel:
     """Sequences per forward pass on one rank; fewer where a rank's share of the batch is smaller."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`bf16` is autocast over fp32 weights; `auto` takes it where the device computes in it natively."""
+    attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "flash-attn", "xformers", "flex"] = (
+        "auto"
+    )
+    """Backend of attention (model/attention.py): `torch` is its own choice among its kernels; `auto` takes the fastest
+    on the run's shapes on CUDA, and torch's choice elsewhere."""
     compile: bool = False
     """Whether torch.compile is used; pays back after a few hundred steps."""
     threads: int | None = None

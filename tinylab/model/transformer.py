@@ -15,15 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylab.config.architecture import Model
-from tinylab.model.attention import attend, document_mask
+from tinylab.errors import ConfigError
+from tinylab.model.attention import TORCH
 from tinylab.model.cache import KVCache
 from tinylab.model.rope import RopeTables, apply_rope
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q (B, H, T, D), k, v (B, K, S, D) to (B, H, T, D): a backend of attention.py with its documents."""
 
 
 class Linear(nn.Linear):
@@ -71,7 +77,7 @@ class Attention(nn.Module):
         self.out = Linear(config.n_head * config.head_size, config.d_model)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, cache: KVCache | None, layer: int
     ) -> Tensor:
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_size)
@@ -80,7 +86,7 @@ class Attention(nn.Module):
         v = heads[:, :, -self.n_kv_head :].transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -108,10 +114,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache, self.layer)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, attend, cache, self.layer)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -128,6 +132,8 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.rope = RopeTables(config)
+        self.attention = TORCH
+        """The backend; whoever trains the model may set another one (attention_choice.py)."""
 
     @classmethod
     def empty(cls, config: Model, device: str | torch.device, dtype: torch.dtype) -> Llama:
@@ -153,10 +159,15 @@ class Llama(nn.Module):
         """The residual stream after the final norm (B, T, C): what the head reads."""
         start = 0 if cache is None else cache.length
         rope = self.rope.at(start, start + ids.shape[1], ids.device)
-        mask = None if document_ids is None else document_mask(document_ids)
+        documents = None
+        if document_ids is not None:
+            if self.attention.documents is None:
+                raise ConfigError(f"attention backend {self.attention.name} cannot keep documents apart; use another")
+            documents = self.attention.documents(document_ids)
+        attend = partial(self.attention.attend, documents=documents)
         x = self.embed(ids).float()
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = block(x, rope, attend, cache)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)
