@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinylab.config.schema import Model
+from tinylab.config.architecture import Model
 from tinylab.errors import ConfigError
 
 
