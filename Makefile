@@ -1,5 +1,5 @@
 # Every target does all of its own set-up; a repeat takes a second when nothing changed.
-#   make demo | test | lab | setup | notebooks | stress | bench | bench-gpu | lint | format | clean
+#   make demo | test | check | lab | setup | notebooks | stress | bench | bench-gpu | lint | format | clean
 # Variables: PYTHON (default python3, 3.11 or newer); TORCH_INDEX, an extra pip index that offers builds of torch
 # (a CPU build, say); LAB_ARGS, more options for JupyterLab (as root it wants --allow-root);
 # TINYLAB_HOME, the folder of data/ and runs/.
@@ -29,7 +29,7 @@ KEYS := $(shell $(PYTHON) -c "import hashlib, os, pathlib, sys; \
 VENV := .venv/.python-$(word 1,$(KEYS))
 STAMP := .venv/.setup-$(word 2,$(KEYS))
 
-.PHONY: setup demo test lab notebooks stress bench bench-gpu lint format clean
+.PHONY: setup demo test check lab notebooks stress bench bench-gpu lint format clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,14 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not stress and not gpu"
+
+# What needs no training, no kernel and no browser.
+QUICK := analysis/test_anatomy.py catalog checkpoint config data/test_order.py data/test_mixture.py data/test_shards.py \
+	evaluation/test_batches.py evaluation/test_published.py evaluation/test_statistics.py formats html model optim runs \
+	test_contributing.py test_import.py test_layers.py test_planner.py test_readme.py
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not stress and not gpu" $(QUICK:%=tests/%)
 
 stress: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m stress
