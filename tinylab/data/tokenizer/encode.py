@@ -29,7 +29,7 @@ _KEPT_SETTINGS = ("model_max_length", "chat_template", "pad_token", "unk_token",
 
 
 class Tokenizer:
-    """Text to ids and back. Made by tokenizer.py; can be pickled and shared by threads.
+    """Text to ids and back. Made by load.py; can be pickled and shared by threads.
 
     `vocab_size`: one more than the largest id. `bos_id`, `eos_id`: None where there is none. `hash`: SHA-256 over
     ids, pieces, merges and normalizer. `backend`: the engine that encodes. `notes`: engines refused, and why.

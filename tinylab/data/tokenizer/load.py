@@ -1,4 +1,4 @@
-"""Tokenizers: train one, load one; see encoding.py for what they do.
+"""Tokenizers: train one, load one; see encode.py for what they do.
 
 Every load is compared with SentencePiece where there is a `tokenizer.model`, because look-alikes are silent:
 transformers' conversion of Llama's file decodes to the right text and has other ids on most source files.
@@ -16,8 +16,6 @@ from tinylab.data.tokenizer import sentencepiece_model as spm
 from tinylab.data.tokenizer.adversarial import SAMPLE
 from tinylab.data.tokenizer.encode import CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer
 from tinylab.errors import DataError
-
-__all__ = ["Tokenizer", "fetch_tokenizer", "load_tokenizer_file", "train_tokenizer"]
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
