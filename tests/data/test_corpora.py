@@ -114,7 +114,7 @@ def test_a_cut_last_frame_is_an_error_even_when_the_lines_before_it_are_whole(tm
     frames = [zstandard.ZstdCompressor().compress(json.dumps({"text": t}).encode() + b"\n") for t in TEXTS]
     path = tmp_path / "cut.jsonl.zst"
     path.write_bytes(b"".join(frames)[:-5])
-    with pytest.raises(DataError, match=r"cut\.jsonl\.zst must be readable; found: .* in the middle of a frame"):
+    with pytest.raises(DataError, match=r"cut\.jsonl\.zst must be readable; found: Truncated compressed stream"):
         list(open_corpus(f"files:{path}"))
 
 

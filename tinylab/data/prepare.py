@@ -26,7 +26,8 @@ import numpy as np
 from tinylab import __version__
 from tinylab.config.io import run_to_dict
 from tinylab.config.schema import Data, Source
-from tinylab.data.corpus.sources import listing, open_corpus
+from tinylab.data.corpus.files import listing
+from tinylab.data.corpus.sources import open_corpus
 from tinylab.data.shards.format import DTYPES, build_manifest, dtype_name, source_entry
 from tinylab.data.shards.reader import ShardSet, open_shards
 from tinylab.data.shards.writer import ShardWriter

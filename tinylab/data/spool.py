@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinylab.data.corpus.sources import Document
+from tinylab.data.corpus.document import Document
 from tinylab.errors import DataError
 
 

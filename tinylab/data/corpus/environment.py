@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinylab.data.corpus.document import Document
+
 PROSE_SUFFIXES = (".md", ".rst", ".txt")
 MIN_PROSE = 120
 """Characters below which a docstring or document says too little to learn from."""
@@ -65,8 +67,8 @@ class _Unit:
     description: str | None = None
 
 
-def prose(skipped: Counter[str]) -> Iterator[tuple[str, str]]:
-    """(text, origin) of descriptions, documentation files and docstrings; what is passed over is counted by reason."""
+def prose(skipped: Counter[str]) -> Iterator[Document]:
+    """Descriptions, documentation files and docstrings; `skipped` counts what is left out, by reason."""
     units = _files((*PROSE_SUFFIXES, ".py"))
     for unit in _descriptions(skipped):
         units.setdefault(unit.origin, unit)
@@ -84,15 +86,15 @@ def prose(skipped: Counter[str]) -> Iterator[tuple[str, str]]:
             documents = [(text, unit.origin)]
         for text, origin in documents:
             if _usable(text, MIN_PROSE, skipped):
-                yield text, origin
+                yield Document(text, origin)
 
 
-def code(skipped: Counter[str]) -> Iterator[tuple[str, str]]:
-    """(text, origin) of the sources of the standard library and installed packages, as `prose`."""
+def code(skipped: Counter[str]) -> Iterator[Document]:
+    """The sources of the standard library and installed packages; `skipped` as in `prose`."""
     for unit in _spread(_files((".py",))):
         text = _read(unit, skipped)
         if _usable(text, MIN_CODE, skipped):
-            yield text, unit.origin
+            yield Document(text, unit.origin)
 
 
 def _roots() -> list[tuple[str, Path]]:
