@@ -78,6 +78,7 @@ class Run:
         self.journal_path = self.path / "journal.jsonl"
         self.metrics_path = self.path / "metrics.jsonl"
         self.status_path = self.path / "status.json"
+        self.attention_path = self.path / "attention.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.evaluations_path = self.path / "evaluations"
         self.logs_path = self.path / "logs"

@@ -19,10 +19,12 @@ from tinylab.config.schema import RunConfig
 from tinylab.data.loader import Loader, StepBatch
 from tinylab.dist.context import Context, open_context, other_ranks_alive
 from tinylab.errors import RunStopped, TinylabError
+from tinylab.model.attention import BACKENDS
 from tinylab.model.precision import resolve_precision
 from tinylab.optim.schedule import check_schedule, lr_at
 from tinylab.runs.durable import failpoint
 from tinylab.runs.folder import Run, step_of
+from tinylab.training.attention import choose_backend, keep_choice
 from tinylab.training.hooks import Heartbeat, Hook, Hooks, StopRequest, progress_hooks
 from tinylab.training.job import Job
 from tinylab.training.meter import Meter
@@ -42,6 +44,7 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
     with StopRequest(run) as stop, open_context(config.parallel) as context, one_trainer(run, context):
         if context.is_main:
             stop.forget_file()
+        attention = choose_backend(config, run, context)  # before a run begins that cannot go on
         checkpoint = open_run(config, run, context)
         heartbeat = Heartbeat(run, config, (checkpoint and step_of(checkpoint.name)) or 0)
         with _reported(run, context, heartbeat):
@@ -54,7 +57,10 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
             called = [heartbeat, *progress_hooks(progress), *hooks] if context.is_main else []
             with Checkpointer(run, config, context, shards, checkpoint) as checkpointer:
                 state = checkpointer.resume()
+                state.model.attention = BACKENDS[attention["name"]]
                 begin_lineage(job, checkpoint)
+                if context.is_main:
+                    keep_choice(attention, run)
                 loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
                 with other_ranks_alive(context, lambda: state.step), loader, Hooks(called, job, state.step) as told:
                     stop.defer()

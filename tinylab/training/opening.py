@@ -62,7 +62,7 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
     check_ranks(config, context.world)
     step = 0
     if context.is_main:
-        for file in (run.config_path, run.provenance_path, run.status_path):
+        for file in (run.config_path, run.provenance_path, run.status_path, run.attention_path):
             for torn in run.path.glob(f".{file.name}.*.tmp"):
                 torn.unlink()
         run.repair_journal()
