@@ -105,7 +105,7 @@ def test_a_lock_that_was_waited_for_holds(data):
 
 
 def test_a_failed_preparation_leaves_nothing(data, monkeypatch):
-    monkeypatch.setattr(module, "_check_disk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("tinylab.data.build._check_disk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         prepare(data, progress=quiet)
     assert list(data_path(data).parent.iterdir()) == []
@@ -136,12 +136,12 @@ def test_a_missing_empty_or_unreadable_corpus_names_its_source(data, tmp_path):
     copy = Source(name="copy", corpus=data.sources[0].corpus)
     for corpus, message in (
         (f"files:{tmp_path}/none/*.txt", r"source bad: files:.*none/\*\.txt must match at least one file"),
-        (f"files:{tmp_path}/empty.txt", r"source bad \(files:.*empty\.txt\) must give at least one document"),
+        (f"files:{tmp_path}/empty.txt", r"source bad \(files:.*empty\.txt\) must have at least one document"),
         (f"files:{tmp_path}/cut.jsonl", r"source bad: .*cut\.jsonl, line 2 must be JSON"),
     ):
         with pytest.raises(DataError, match=message):
             prepare(replace(data, sources=(data.sources[0], Source(name="bad", corpus=corpus))), progress=quiet)
-    with pytest.raises(DataError, match=r"source copy .* that no other has; found .*'duplicates': 122"):
+    with pytest.raises(DataError, match=r"source copy .* that no other source has; found .*'duplicates': 122"):
         prepare(replace(data, sources=(data.sources[0], copy)), progress=quiet)
 
 

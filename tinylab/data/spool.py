@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tinylab.data.corpus.document import Document
 from tinylab.errors import DataError
@@ -94,30 +94,36 @@ class Spool:
         self.validation, self.train, self._entries = entries[:held], entries[held:], []
 
     def texts(self, entries: Iterable[Entry]) -> Iterator[str]:
-        """The texts of entries."""
+        """The texts of entries. Raises DataError when the spool's file was cut."""
         with open(self.path, "rb") as file:
             for entry in entries:
-                yield _read(file, entry)
+                file.seek(entry.start)
+                data = file.read(entry.size)
+                if len(data) != entry.size:
+                    raise DataError(
+                        f"{self.path} must hold the text of {entry.origin}; found the file cut short. "
+                        "Prepare the data again and leave its temporary folder alone"
+                    )
+                yield data.decode()
 
-    def batches(self, entries: Iterable[Entry], batch_bytes: int) -> Iterator[tuple[list[Entry], list[str]]]:
-        """Entries with their texts, some `batch_bytes` at a time."""
+    def batches(self, entries: Sequence[Entry], batch_bytes: int) -> Iterator[tuple[list[Entry], list[str]]]:
+        """Entries with their texts, about `batch_bytes` at a time."""
         batch: list[Entry] = []
         texts: list[str] = []
         size = 0
-        with open(self.path, "rb") as file:
-            for entry in entries:
-                batch.append(entry)
-                texts.append(_read(file, entry))
-                size += entry.size
-                if size >= batch_bytes:
-                    yield batch, texts
-                    batch, texts, size = [], [], 0
+        for entry, text in zip(entries, self.texts(entries), strict=True):
+            batch.append(entry)
+            texts.append(text)
+            size += entry.size
+            if size >= batch_bytes:
+                yield batch, texts
+                batch, texts, size = [], [], 0
         if batch:
             yield batch, texts
 
 
-def sample(spools: list[Spool], n_bytes: int) -> list[tuple[Spool, list[Entry]]]:
-    """Training documents of at most about `n_bytes`, in equal parts of each source as far as it has them."""
+def sample(spools: list[Spool], n_bytes: int) -> Iterator[str]:
+    """Texts to train on of at most about `n_bytes`, in equal parts of each source as far as it has them."""
     chosen: dict[str, list[Entry]] = {}
     left = n_bytes
     by_size = sorted(spools, key=lambda s: sum(e.size for e in s.train))
@@ -130,15 +136,7 @@ def sample(spools: list[Spool], n_bytes: int) -> list[tuple[Spool, list[Entry]]]
             taken += entry.size
         chosen[spool.name] = entries
         left -= taken
-    return [(spool, chosen[spool.name]) for spool in spools]
-
-
-def _read(file: BinaryIO, entry: Entry) -> str:
-    file.seek(entry.start)
-    data = file.read(entry.size)
-    if len(data) != entry.size:
-        raise DataError(f"the text of {entry.origin} must be where it was put; the temporary file was cut short")
-    return data.decode()
+    return (text for spool in spools for text in spool.texts(chosen[spool.name]))
 
 
 def _cut(data: bytes, size: int) -> bytes:
