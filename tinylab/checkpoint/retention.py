@@ -9,7 +9,7 @@ from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError
 from tinylab.runs.durable import failpoint
 from tinylab.runs.folder import Run, step_of
-from tinylab.runs.manifest import TEMPORARY_PREFIX
+from tinylab.runs.manifest import temporary_path
 
 
 def early_steps(config: RunConfig) -> list[int]:
@@ -51,7 +51,7 @@ def prune(run: Run, config: RunConfig) -> list[int]:
         )
     failpoint("prune.verified")
     for folder in surplus:
-        doomed = folder.with_name(f"{TEMPORARY_PREFIX}prune-{folder.name}")
+        doomed = temporary_path(folder)
         try:
             folder.rename(doomed)
         except OSError as error:

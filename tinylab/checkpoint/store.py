@@ -189,7 +189,7 @@ def _set_aside(run: Run, folder: Path, problems: list[str]) -> str:
 
 
 def _remove_leftovers(run: Run) -> None:
-    """Remove what a killed save or prune left behind."""
+    """Remove what a killed save or prune left behind, on any host: the caller holds the lock of the run."""
     for path in run.checkpoints_path.glob(f"{TEMPORARY_PREFIX}*"):
         remove(path)
     failpoint("resume.cleaned")
