@@ -19,7 +19,7 @@ from tinylab.config.schema import Optimizer, RunConfig
 class LaterOptimizer(Optimizer):
     """The section after a field was added to it."""
 
-    kind: str = "adamw"
+    variant: str = "plain"
 
 
 def with_later_field(config: RunConfig, **fields: str) -> RunConfig:
@@ -39,7 +39,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("later")
 def test_a_later_field_counts_only_where_it_is_not_at_its_default(version: int):
     assert config_digest(with_later_field(tiny()), version) == config_digest(tiny(), version)
-    assert config_digest(with_later_field(tiny(), kind="muon"), version) != config_digest(tiny(), version)
+    assert config_digest(with_later_field(tiny(), variant="amsgrad"), version) != config_digest(tiny(), version)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -16,7 +16,7 @@ from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
 from tinylab.errors import TinylabError
 from tinylab.model.transformer import Llama
-from tinylab.optim.build import build_adamw
+from tinylab.optim.build import build_optimizer
 from tinylab.training.step import agree, train_step
 
 MODEL = Model(vocab_size=50, n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=32, seq_len=8)
@@ -26,7 +26,7 @@ CONTEXT = Context(device=torch.device("cpu"))
 def new_state(lr: float = 1e-2) -> TrainState:
     model = Llama(MODEL)
     model.init_weights(3)
-    return TrainState(model=model, parallel=Parallel(), optimizer=build_adamw(model, Optimizer(lr=lr)))
+    return TrainState(model=model, parallel=Parallel(), optimizer=build_optimizer(model, Optimizer(lr=lr)))
 
 
 def some_batch(masked: bool) -> MicroBatch:

@@ -21,7 +21,7 @@ from tinylab.formats.identity import model_weight_hash
 from tinylab.formats.load import load_folder
 from tinylab.model.loss import Batch, loss_sum
 from tinylab.model.transformer import Llama
-from tinylab.optim.build import build_adamw
+from tinylab.optim.build import build_optimizer
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
     state = TrainState(
         model=model,
         parallel=config.parallel,
-        optimizer=build_adamw(model, config.optimizer),
+        optimizer=build_optimizer(model, config.optimizer),
         loss=compiled(loss_sum, config.parallel),
     )
     if checkpoint is not None:

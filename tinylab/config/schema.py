@@ -160,8 +160,10 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW. Defaults are TinyLlama's (jzhang38/TinyLlama:pretrain/tinyllama.py) but for `decay` and `clip_norm`."""
+    """Defaults are TinyLlama's (jzhang38/TinyLlama:pretrain/tinyllama.py) but for `decay` and `clip_norm`."""
 
+    kind: Literal["adamw"] = "adamw"
+    """A kind that tinylab.optim.build knows."""
     lr: float = 4e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)

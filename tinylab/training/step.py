@@ -94,7 +94,7 @@ def train_step(
     if clip_norm is not None and grad_norm > clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate_scale"]
     state.optimizer.step()
     state.step += 1
     return StepResult(loss=loss_mean, grad_norm=grad_norm)
