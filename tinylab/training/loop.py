@@ -55,14 +55,23 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
             shards = open_data(config, context, checkpoint, progress=progress)
             job = Job(config=config, run=run, context=context, shards=shards)
             called = [heartbeat, *progress_hooks(progress), *hooks] if context.is_main else []
-            with Checkpointer(run, config, context, shards, checkpoint) as checkpointer:
+            with (
+                Checkpointer(run, config, context, shards, checkpoint) as checkpointer,
+                # Its threads hash and read the first shards while the model is built.
+                Loader(
+                    config,
+                    shards,
+                    rank=context.rank,
+                    world=context.world,
+                    start_step=checkpointer.saved_step + 1,
+                ) as loader,
+            ):
                 state = checkpointer.resume()
                 state.model.attention = BACKENDS[attention["name"]]
                 begin_lineage(job, checkpoint)
                 if context.is_main:
                     keep_choice(attention, run)
-                loader = Loader(config, shards, rank=context.rank, world=context.world, start_step=state.step + 1)
-                with other_ranks_alive(context, lambda: state.step), loader, Hooks(called, job, state.step) as told:
+                with other_ranks_alive(context, lambda: state.step), Hooks(called, job, state.step) as told:
                     stop.defer()
                     _steps(job, state, loader, stop, checkpointer, told)
     return run
