@@ -11,7 +11,7 @@ import pytest
 
 from tinylab.cli.output import to_json
 from tinylab.config.presets import tiny, tinyllama_1b
-from tinylab.config.schema import Stage
+from tinylab.config.stages import Stage
 from tinylab.errors import ConfigError
 from tinylab.model.devices import bf16_peak_flops
 from tinylab.planner import plan

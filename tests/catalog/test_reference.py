@@ -11,7 +11,8 @@ import torch
 from tinylab.catalog.reference import load_model, load_tokenizer, resolve_reference, run_references
 from tinylab.config.architecture import Model
 from tinylab.config.presets import tiny
-from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
+from tinylab.config.schema import Data, RunConfig, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
 from tinylab.errors import CheckpointError, ConfigError, DataError, NothingFoundError
 from tinylab.formats.huggingface import save_weights

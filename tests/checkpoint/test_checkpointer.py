@@ -18,7 +18,8 @@ from tinylab.checkpoint.checkpointer import Checkpointer
 from tinylab.checkpoint.state import TrainState
 from tinylab.checkpoint.store import latest_good
 from tinylab.config.architecture import Model
-from tinylab.config.schema import Data, RunConfig, Saving, Schedule, Source, Stage
+from tinylab.config.schema import Data, RunConfig, Saving, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.dist.context import Context
 from tinylab.errors import CheckpointError
 from tinylab.runs.folder import Run

@@ -17,7 +17,8 @@ from tinylab.checkpoint import store
 from tinylab.checkpoint.retention import prune, saves_at
 from tinylab.checkpoint.store import Snapshot, commit_checkpoint, latest_good, load_trainer
 from tinylab.config.architecture import Model
-from tinylab.config.schema import Data, RunConfig, Saving, Schedule, Source, Stage
+from tinylab.config.schema import Data, RunConfig, Saving, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.errors import CheckpointError
 from tinylab.model.transformer import Llama
 from tinylab.runs.folder import Run

@@ -14,7 +14,8 @@ from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.counts import parse_count
 from tinylab.config.io import MAX_BYTES, load_run, override, run_from_dict, run_to_dict, run_to_toml
 from tinylab.config.presets import PRESETS, tiny
-from tinylab.config.schema import Data, Optimizer, RunConfig, Schedule, Source, Stage
+from tinylab.config.schema import Data, Optimizer, RunConfig, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from tinylab.config.architecture import Model, RopeScaling, nearest_divisor
 from tinylab.config.presets import preset, tiny
-from tinylab.config.schema import Data, Optimizer, RunConfig, Saving, Schedule, Source, Stage, Validation
+from tinylab.config.schema import Data, Optimizer, RunConfig, Saving, Source, Validation
+from tinylab.config.stages import Schedule, Stage
 from tinylab.errors import ConfigError
 
 

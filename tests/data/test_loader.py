@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tinylab.config.architecture import Model
-from tinylab.config.schema import Data, Parallel, RunConfig, Schedule, Source, Stage, Validation
+from tinylab.config.schema import Data, Parallel, RunConfig, Source, Validation
+from tinylab.config.stages import Schedule, Stage
 from tinylab.data.loader import Loader, validation_batches, validation_windows
 from tinylab.data.order import DataOrder, data_hash, format_hash
 from tinylab.data.shards import integrity

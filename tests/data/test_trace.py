@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tinylab.config.architecture import Model
-from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
+from tinylab.config.schema import Data, RunConfig, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.data.loader import Loader
 from tinylab.data.trace import run_shards, stored_shards, trace_batch
 from tinylab.errors import ConfigError, DataError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tinylab.config.architecture import Model
-from tinylab.config.schema import Data, RunConfig, Schedule, Source, Stage
+from tinylab.config.schema import Data, RunConfig, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.data.order import DataOrder
 
 SEQ = 4

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from tinylab.config.architecture import Model
-from tinylab.config.schema import Data, RunConfig, Saving, Schedule, Source, Stage, Validation
+from tinylab.config.schema import Data, RunConfig, Saving, Source, Validation
+from tinylab.config.stages import Schedule, Stage
 
 WORDS = [
     a + b + c

@@ -11,7 +11,8 @@ import torch
 
 from tinylab.checkpoint.state import build_state
 from tinylab.config.architecture import Model
-from tinylab.config.schema import Data, Optimizer, RunConfig, Schedule, Source, Stage
+from tinylab.config.schema import Data, Optimizer, RunConfig, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
 from tinylab.formats.huggingface_config import config_values

@@ -9,7 +9,8 @@ import pytest
 
 from tinylab.config.architecture import Model
 from tinylab.config.presets import tinyllama_1b, tinyllama_v1_1
-from tinylab.config.schema import Data, Optimizer, RunConfig, Schedule, Source, Stage
+from tinylab.config.schema import Data, Optimizer, RunConfig, Source
+from tinylab.config.stages import Schedule, Stage
 from tinylab.errors import ConfigError
 from tinylab.optim.schedule import check_schedule, lr_at
 

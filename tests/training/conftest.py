@@ -17,7 +17,8 @@ import pytest
 
 from tinylab.config.architecture import Model
 from tinylab.config.io import run_to_toml
-from tinylab.config.schema import Data, Optimizer, Parallel, RunConfig, Saving, Schedule, Source, Stage, Validation
+from tinylab.config.schema import Data, Optimizer, Parallel, RunConfig, Saving, Source, Validation
+from tinylab.config.stages import Schedule, Stage
 from tinylab.runs.folder import Run
 
 STEPS = 24

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinylab.catalog.series import Checkpoint, choose
-from tinylab.config.schema import STEP_TOKENS
+from tinylab.config.stages import STEP_TOKENS
 from tinylab.errors import NothingFoundError, did_you_mean
 
 

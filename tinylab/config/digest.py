@@ -14,17 +14,8 @@ from typing import Any
 
 from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.io import run_from_dict, run_to_dict, run_to_toml
-from tinylab.config.schema import (
-    Data,
-    Optimizer,
-    Parallel,
-    RunConfig,
-    Saving,
-    Schedule,
-    Source,
-    Stage,
-    Validation,
-)
+from tinylab.config.schema import Data, Optimizer, Parallel, RunConfig, Saving, Source, Validation
+from tinylab.config.stages import Schedule, Stage
 
 DIGEST_VERSION = 2
 """Stored beside the digest; a checkpoint without one has version 1."""

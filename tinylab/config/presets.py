@@ -6,18 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tinylab.config.architecture import Model
-from tinylab.config.schema import (
-    STEP_TOKENS,
-    Data,
-    Optimizer,
-    Parallel,
-    RunConfig,
-    Saving,
-    Schedule,
-    Source,
-    Stage,
-    Validation,
-)
+from tinylab.config.schema import Data, Optimizer, Parallel, RunConfig, Saving, Source, Validation
+from tinylab.config.stages import STEP_TOKENS, Schedule, Stage
 from tinylab.errors import ConfigError, did_you_mean
 
 SLIMPAJAMA = Source(name="slimpajama", corpus="hf:cerebras/SlimPajama-627B")

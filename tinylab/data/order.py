@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinylab.config.schema import RunConfig, Stage
+from tinylab.config.schema import RunConfig
+from tinylab.config.stages import Stage
 from tinylab.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

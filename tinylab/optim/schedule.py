@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from tinylab.config.schema import RunConfig, Stage
+from tinylab.config.schema import RunConfig
+from tinylab.config.stages import Stage
 from tinylab.errors import ConfigError
 
 
