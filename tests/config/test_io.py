@@ -84,7 +84,7 @@ def load_text(tmp_path: Path, text: str) -> RunConfig:
 
 
 def test_an_unknown_key_is_named_with_the_nearest_one(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"bad\.toml: unknown key optimizer\.leraning_rate; known: lr, betas"):
+    with pytest.raises(ConfigError, match=r"bad\.toml: unknown key optimizer\.leraning_rate; known: kind, lr, betas"):
         load_text(tmp_path, "[optimizer]\nleraning_rate = 1e-3\n")
     with pytest.raises(ConfigError, match=r"unknown key model\.n_heads; did you mean model\.n_head\?"):
         load_text(tmp_path, "[model]\nn_heads = 4\n")
