@@ -97,7 +97,7 @@ def bench_verb(
     what: Annotated[Literal["train", "parity", "opening", "decoding"], arg(metavar="{train,parity,opening,decoding}")],
     /,
     preset: str | None = None,
-    against: Literal["transformers"] = "transformers",
+    against: str = "transformers",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     windows: int = 5,
 ) -> Answer:
@@ -108,10 +108,12 @@ def bench_verb(
             seconds and peak memory to open a bf16 folder, each time in a fresh process. decoding: tokens/s of greedy
             decoding on the CPU.
         preset: configuration of both sides; default: tinyllama_1b for opening, else tiny. Not for parity.
-        against: the peer.
+        against: the peer: transformers.
         device: where train is measured.
         windows: measurements of each side, in turns. Not for parity.
     """
+    if against != "transformers":
+        raise ConfigError(f"against must be transformers; found {against!r}")
     if what == "parity":
         from tinylab.bench.parity import bench_parity
 
