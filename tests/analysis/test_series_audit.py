@@ -100,7 +100,7 @@ def test_a_swapped_pair_is_found(series: Path, a: str, b: str):
 
 
 @pytest.mark.parametrize(("a", "b"), [("s004", "s096"), ("s032", "s128")])
-def test_a_pair_swapped_over_a_distance_is_found(series: Path, a: str, b: str):
+def test_a_pair_of_distant_checkpoints_that_are_swapped_is_found(series: Path, a: str, b: str):
     swap(series, a, b)
     assert kinds(audit(series)) == [("swapped", (a, b))]
 
@@ -113,21 +113,21 @@ def test_a_foreign_checkpoint_is_found(trained: Path, series: Path, place: str):
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("s032", "s096"), ("s128", "s064"), ("s000", "s004")])
-def test_a_duplicate_is_found_and_the_true_place_named(series: Path, wrong: str, right: str):
+def test_a_duplicate_is_found_and_the_one_in_the_right_place_is_named(series: Path, wrong: str, right: str):
     shutil.copyfile(weights_of(series / right), weights_of(series / wrong))
     found = audit(series)
     assert kinds(found) == [("duplicate", tuple(sorted((wrong, right))))]
-    assert f"{right} lies on the path, not {wrong}" in found.problems[0].message
+    assert f"{right} is in the right place, not {wrong}" in found.problems[0].message
 
 
-def test_no_place_is_named_for_copies_that_both_could_be_right(series: Path):
+def test_no_copy_is_named_as_right_when_either_could_be(series: Path):
     found = audit_series([series / "s032", Path(shutil.copytree(series / "s032", series / "copy"))])
     assert [p.message for p in found.problems] == [
-        "s032 and copy have the same weights, bit for bit; each could lie where it stands"
+        "s032 and copy have the same weights, bit for bit; each could be in the right place"
     ]
 
 
-def test_a_checkpoint_of_the_end_under_an_early_name_is_found(series: Path):
+def test_a_late_checkpoint_under_an_early_name_is_found(series: Path):
     shutil.copytree(series / "s128", series / "s999")
     state = {n: t * (1 + 1e-4) for n, t in load_file(weights_of(series / "s128")).items()}
     save_file(state, weights_of(series / "s016"), metadata={"format": "pt"})
@@ -159,7 +159,7 @@ def test_drift_of_configuration_tokenizer_and_dtype_is_found(series: Path):
     assert "rope_theta 20000.0 (the series: 10000.0)" in found.problems[1].message
 
 
-def test_a_tied_head_that_only_some_files_store_is_no_difference(tmp_path: Path):
+def test_a_tied_head_stored_in_only_some_files_makes_no_difference(tmp_path: Path):
     """As in series saved by several versions of transformers. The matrices would not even be the same in number."""
     tied = replace(SHAPE, tie_embeddings=True)
     first, second = Llama(tied), Llama(tied)
@@ -208,7 +208,7 @@ def test_an_empty_series_says_so():
         audit_series([])
 
 
-def test_what_a_point_adds_is_the_violation_with_it_less_that_without():
+def test_the_violation_a_point_adds_is_the_difference_it_makes_to_the_path():
     points = np.random.default_rng(0).normal(size=(9, 3))
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
     path, point = [4, 1, 7, 0, 8, 2], 5

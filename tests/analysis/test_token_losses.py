@@ -1,4 +1,4 @@
-"""Losses of two models token by token, against logits taken by hand."""
+"""Losses of two models token by token, compared with the log-softmax of their logits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinylab.analysis.token_losses import (
-    compare_tokens,
-    loss_by_position,
-    text_losses,
-    token_spans,
-    token_texts,
-    top_changes,
-)
+from tinylab.analysis.token_losses import compare_tokens, text_losses, token_spans, token_texts
 from tinylab.catalog.reference import load_model, load_tokenizer
 from tinylab.config.architecture import Model
 from tinylab.data.tokenizer.load import load_tokenizer_file, train_tokenizer
@@ -69,24 +62,12 @@ def test_spans_fall_back_to_each_tokens_own_text_when_the_tokenizer_rewrites(sha
     assert spans == [(text, -1, -1) for text in token_texts(unigram, ids)]
 
 
-def test_top_changes_and_positions_sum_up_the_table(tokenizer, models):
-    table = compare_tokens(*models, tokenizer, TEXT)
-    gained, lost = top_changes(table, 5)
-    assert gained["delta"].iloc[0] == table["delta"].min() and gained["delta"].is_monotonic_increasing
-    assert lost["delta"].iloc[0] == table["delta"].max() and (lost["delta"] > 0).all()
-    places = loss_by_position(table, bins=4)
-    width = -(-len(table) // 4)
-    assert list(places["first"]) == [1 + width * i for i in range(4)] and places["last"].iloc[-1] == len(table)
-    assert places["n"].sum() == len(table)
-    assert (places["loss_a"] * places["n"]).sum() == pytest.approx(table["loss_a"].sum())
-
-
 def test_a_text_without_tokens_is_refused(tokenizer, models):
     with pytest.raises(EvaluationError, match="the text must have 2 to 8192 tokens; found 0"):
         compare_tokens(*models, tokenizer, "")
 
 
-def test_token_losses_equal_those_of_transformers_one_pass(lab: Path):
+def test_token_losses_equal_those_of_one_pass_of_transformers(lab: Path):
     import transformers
 
     folder = str(Run("tiny").checkpoints()[-1])
@@ -100,7 +81,7 @@ def test_token_losses_equal_those_of_transformers_one_pass(lab: Path):
     np.testing.assert_allclose(losses, expected, atol=1e-4)  # fp32, another order of sums
 
 
-def test_a_text_longer_than_the_context_gives_each_token_one_loss(lab: Path):
+def test_each_token_of_a_text_longer_than_the_context_has_one_loss(lab: Path):
     folder = str(Run("tiny").checkpoints()[-1])
     model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
     short, long = SENTENCE, SENTENCE * 6

@@ -1,6 +1,6 @@
 """Is this series of checkpoints what it claims to be? Duplicates, swapped or foreign steps, drift, damage, NaN.
 
-Series break unnoticed: in EleutherAI/pythia#205 86 of 154 branches carried weights of another step, found by hand.
+A broken series can go unnoticed: in EleutherAI/pythia#205, 86 of 154 branches held the weights of another step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Kind = (
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, with the labels of the checkpoints it concerns."""
+    """One thing that is wrong, with the labels of the checkpoints concerned."""
 
     kind: Kind
     labels: tuple[str, ...]
@@ -56,12 +56,14 @@ class SeriesAudit:
 
 
 def audit_series(refs: Sequence[str | Path | Reference], progress: Callable[[str], None] | None = None) -> SeriesAudit:
-    """Audit checkpoints in the order of their steps (as numbers), or as given where one has no step.
+    """Audit checkpoints in the order of their steps (as numbers), or in the given order if any of them has no step.
 
-    refs: REFs, or a single run, which stands for all its checkpoints. Reads every weight once; memory: one tensor and
-    4 MB per checkpoint. progress: called with each label. Raises NothingFoundError for fewer than one checkpoint.
+    refs: REFs, or a single run, which means all its checkpoints. Reads every weight once; memory: one tensor and 4 MB
+    per checkpoint. progress: called with each label. Raises NothingFoundError when there is no checkpoint.
     """
-    references = _ordered(_expand(refs))
+    references = _expand(refs)
+    if all(r.step is not None for r in references):
+        references.sort(key=lambda r: r.step or 0)
     prints: dict[int, Fingerprint] = {}
     problems: list[Problem] = []
     labels = _labels(references)
@@ -69,7 +71,7 @@ def audit_series(refs: Sequence[str | Path | Reference], progress: Callable[[str
         if progress:
             progress(labels[i])
         try:
-            if reference.path.is_dir() and (reference.path / MANIFEST).is_file():
+            if (reference.path / MANIFEST).is_file():
                 damage = verify_folder(reference.path)
                 problems += [Problem("damaged", (labels[i],), f"{labels[i]}: {line}") for line in damage]
             prints[i] = fingerprint(reference.path)
@@ -99,11 +101,6 @@ def _expand(refs: Sequence[str | Path | Reference]) -> list[Reference]:
     return [resolve_reference(ref) for ref in refs]
 
 
-def _ordered(references: list[Reference]) -> list[Reference]:
-    steps = [r.step for r in references]
-    return references if None in steps else sorted(references, key=lambda r: r.step or 0)
-
-
 def _labels(references: list[Reference]) -> list[str]:
     """The references' labels, numbered where two are the same."""
     names = [r.label for r in references]
@@ -111,7 +108,7 @@ def _labels(references: list[Reference]) -> list[str]:
 
 
 def _shape(model: Model) -> Model:
-    """The configuration without what only matters before training."""
+    """The configuration without the settings of initialization, which no longer matter after training."""
     return replace(model, init="normal", init_std=0.02)
 
 
@@ -134,8 +131,8 @@ def _drift(prints: dict[int, Fingerprint], labels: list[str]) -> list[Problem]:
         if p.dtype != dtype:
             problems.append(Problem("dtype", (label,), f"{label} is stored in {p.dtype} (the series: {dtype})"))
         if p.tokenizer != tokenizer:
-            what = "no tokenizer" if p.tokenizer is None else "another tokenizer"
-            problems.append(Problem("tokenizer", (label,), f"{label} has {what} than the rest of the series"))
+            what = "no tokenizer, unlike" if p.tokenizer is None else "another tokenizer than"
+            problems.append(Problem("tokenizer", (label,), f"{label} has {what} the rest of the series"))
     return problems
 
 
@@ -171,7 +168,7 @@ def _duplicates(prints: dict[int, Fingerprint], labels: list[str]) -> tuple[list
 def _one_of_each(
     usable: list[int], copies: list[list[int]], distance: np.ndarray, labels: list[str]
 ) -> tuple[list[int], list[Problem]]:
-    """The usable checkpoints with one of each group of copies: the one that lies best where it stands."""
+    """The usable checkpoints with one of each group of copies: the one that best fits where it is."""
     problems, dropped = [], set[int]()
     for members in copies:
         names = tuple(labels[i] for i in members)
@@ -181,32 +178,34 @@ def _one_of_each(
         dropped |= set(members) - {best}
         wrong = ", ".join(labels[i] for i in members if i != best)
         is_certain = sum(v <= here[best] + 1e-9 for v in here.values()) == 1
-        place = f"{labels[best]} lies on the path, not {wrong}" if is_certain else "each could lie where it stands"
+        place = (
+            f"{labels[best]} is in the right place, not {wrong}" if is_certain else "each could be in the right place"
+        )
         what = f"{' and '.join(names)} have the same weights, bit for bit; {place}"
         problems.append(Problem("duplicate", names, what))
     return [i for i in usable if i not in dropped], problems
 
 
 def _strays(found: list[Finding], order: list[int], labels: list[str]) -> list[Problem]:
-    """Checkpoints off the path, two that stand at each other's place as one problem."""
+    """Checkpoints that are out of place; two that are in each other's place make one problem."""
     expected = [i for i in range(len(labels)) if i in order]
     changed = {a: b for a, b in zip(expected, order, strict=True) if a != b}
     problems, paired = [], set[int]()
     for a, b in changed.items():
         if a < b and changed.get(b) == a:
             paired |= {a, b}
-            what = f"{labels[a]} and {labels[b]} look swapped: each has the weights that belong at the other's place"
+            what = f"{labels[a]} and {labels[b]} look swapped: each has the weights that belong in the other's place"
             problems.append(Problem("swapped", (labels[a], labels[b]), what))
     for f in found:
         label = labels[f.index]
         if not f.fits:
             bend = f" (bend {f.bend:.2f})" if f.bend else ""
-            what = f"{label} fits nowhere on the path of the others{bend}: another run, or a broken jump"
+            what = f"{label} fits nowhere between the others{bend}: it is from another run, or training jumped there"
             problems.append(Problem("foreign", (label,), what))
         elif f.index not in paired:
             where = [f"after {labels[f.after]}"] if f.after is not None else []
             where += [f"before {labels[f.before]}"] if f.before is not None else []
-            what = f"{label} stands at the wrong place: its weights lie {' and '.join(where)}"
+            what = f"{label} is out of place: its weights belong {' and '.join(where)}"
             problems.append(Problem("misplaced", (label,), what))
     return problems
 

@@ -1,19 +1,21 @@
-"""Is a series of points a path? Finds the points that stand at the wrong place, or belong to another path.
+"""Is a series of points a path? Finds the points that are out of place, or that belong to another path.
 
-Rule of the middle. Of three checkpoints in order, the middle one lies nearer to both others than these to each
-other: squared distances add up along a random walk, distances along a straight line, and training is between the
-two. So `bend(i, j, k) = max(d(i,j), d(j,k)) / d(i,k)` is at most 1 for any three of a clean series, also where it has
-settled into noise (then all distances are equal). A swapped neighbour gives 1.4 to 2, a foreign checkpoint far more.
+Rule of the middle. Of three checkpoints in order, the middle one is nearer to both others than they are to each other:
+along a random walk squared distances add up, along a straight line distances do, and training is between the two. So
+`bend(i, j, k) = max(d(i,j), d(j,k)) / d(i,k)` is at most 1 for any three checkpoints of a clean series, even once it
+has settled into noise (all distances are then equal). Swapped neighbours have bends of 1.4 to 2, a foreign checkpoint
+far larger ones.
 
-Every three whose bend exceeds LIMIT is a violation. The point with the largest share in all of them is taken out, and
-the rest is judged again, until none is left: one false point bends many others, and must not take them with it. Then
-each point taken out is tried at every place. If it fits at another, it was swapped or misplaced; if nowhere, it is
-foreign. A first or last point is in the middle of no three. It is foreign if it is as far from its neighbour as from
-the one behind that (ratio above 0.97) and points nowhere near any other (cosines below 0.03).
+Any three points whose bend exceeds LIMIT break the rule. The point with the largest share of the excess is removed and
+the rest is judged again, until no such three are left: one false point bends many others and must not take them with
+it. Each removed point is then tried at every place. If it fits at another, it was swapped or misplaced; if it fits
+nowhere, it is foreign. The first and the last point are never the middle of three, so they have a rule of their own:
+such a point is foreign if it is about as far from its neighbour as from the next one (ratio above 0.97) and points in
+a direction unrelated to all others (cosines below 0.03).
 
-What this cannot see: two swapped checkpoints whose distance is less than a tenth of that to their neighbours, a
-foreign first or last checkpoint from a run with the same initial weights, and a series of two. A jump and return of the
-training itself (a spike, a cyclic learning rate) is reported like a foreign checkpoint, for a person to judge.
+Not detected: two swapped checkpoints that are less than a tenth as far from each other as from their neighbours, a
+foreign first or last checkpoint from a run with the same initial weights, and anything in a series of two. A real jump
+and return in training (a spike, a cyclic learning rate) is reported like a foreign checkpoint, for a person to judge.
 """
 
 from __future__ import annotations
@@ -30,18 +32,21 @@ _UNRELATED = 0.03
 
 @dataclass(frozen=True)
 class Finding:
-    """Point `index` is off the path: it fits between `after` and `before`, or nowhere (`fits` is false)."""
+    """Point `index` is out of place: it fits between `after` and `before`, or nowhere (`fits` is False)."""
 
     index: int
     bend: float
-    """The largest bend of any three that it is the middle of; 0 for an end."""
+    """Its largest bend as the middle of three points; 0 for the first and the last point."""
     fits: bool
     after: int | None
     before: int | None
 
 
 def find_strays(distance: np.ndarray, cosine: np.ndarray) -> tuple[list[Finding], list[int]]:
-    """Points off the path given by the order of the rows, and the order in which those that belong to it lie."""
+    """The points that break the order of the rows, and the corrected order of all points that belong to the path.
+
+    distance, cosine: (n, n), between checkpoints (analysis/fingerprint.py).
+    """
     kept = list(range(len(distance)))
     strays: list[int] = []
     while len(kept) > 2:
@@ -55,7 +60,8 @@ def find_strays(distance: np.ndarray, cosine: np.ndarray) -> tuple[list[Finding]
         strays.append(kept.pop(worst))
     order, findings = list(kept), []
     for index in reversed(strays):
-        bend = _largest_bend(distance, sorted([*kept, index]), index)
+        path = sorted([*kept, index])
+        bend = float(_bend_cube(distance, path)[:, path.index(index), :].max())
         place = _best_place(distance, kept, index)
         if place is None:
             findings.append(Finding(index, bend, False, None, None))
@@ -69,7 +75,7 @@ def find_strays(distance: np.ndarray, cosine: np.ndarray) -> tuple[list[Finding]
 
 
 def violation(distance: np.ndarray, path: list[int]) -> float:
-    """How far `path` is from keeping the rule of the middle: the sum of all bends above LIMIT; 0 for a clean one."""
+    """By how much `path` breaks the rule of the middle: the sum of what bends have above LIMIT; 0 for a clean path."""
     return float(_excess(distance, path).sum())
 
 
@@ -94,17 +100,13 @@ def _excess(distance: np.ndarray, path: list[int]) -> np.ndarray:
 
 
 def _shares(distance: np.ndarray, path: list[int]) -> np.ndarray:
-    """How much of the violation would go with each point of `path`."""
+    """How much of the violation involves each point of `path`."""
     excess = _excess(distance, path)
     return excess.sum((1, 2)) + excess.sum((0, 2)) + excess.sum((0, 1))
 
 
-def _largest_bend(distance: np.ndarray, path: list[int], point: int) -> float:
-    return float(_bend_cube(distance, path)[:, path.index(point), :].max())
-
-
 def _best_place(distance: np.ndarray, path: list[int], point: int) -> int | None:
-    """Where in `path` the point fits with the least detour; None if it fits nowhere."""
+    """The place in `path` where the point fits nearest to its neighbours; None if it fits nowhere."""
     if len(path) < 2:
         return None
     fitting = []
@@ -121,12 +123,12 @@ def _best_place(distance: np.ndarray, path: list[int], point: int) -> int | None
 
 
 def _added(distance: np.ndarray, path: list[int], point: int) -> list[float]:
-    """The violation that `point` would add at each place of `path`, from all threes that it would be part of."""
+    """The violation that `point` would add at each place of `path`, over all threes that include it."""
     d, p = distance[np.ix_(path, path)], distance[point, path]
     rows, columns, ordered = p[:, None], p[None, :], np.triu(np.ones_like(d, dtype=bool), 1)
 
-    def excess(longer: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        return np.where(ordered, np.maximum(longer / np.maximum(whole, 1e-12) - LIMIT, 0.0), 0.0)
+    def excess(longer: np.ndarray, across: np.ndarray) -> np.ndarray:
+        return np.where(ordered, np.maximum(longer / np.maximum(across, 1e-12) - LIMIT, 0.0), 0.0)
 
     first = excess(np.maximum(rows, d), columns)
     middle = excess(np.maximum(rows, columns), d)
@@ -135,7 +137,7 @@ def _added(distance: np.ndarray, path: list[int], point: int) -> list[float]:
 
 
 def _is_unrelated_end(distance: np.ndarray, cosine: np.ndarray, path: list[int], end: int) -> bool:
-    """Whether the first (0) or last (-1) point of `path` is no nearer to its neighbour than farther on, and alone."""
+    """Whether the first (0) or last (-1) point of `path` is as far from its neighbour as from the next one."""
     point, others = path[end], path[1:] if end == 0 else path[:-1]
     near, far = (others[0], others[1]) if end == 0 else (others[-1], others[-2])
     is_flat = distance[point, near] > _FLAT * distance[point, far]

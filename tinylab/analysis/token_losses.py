@@ -1,4 +1,4 @@
-"""Where two models differ in a text: loss of every token under both, what gained and lost most, loss by position."""
+"""Where two models differ on a text: the loss of every token under each of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from tinylab.model.transformer import Llama
 
 MOST_TOKENS = 8192
-"""Longest text in tokens; more would not be looked at one by one."""
+"""Longest text, in tokens: nobody reads a longer one token by token."""
 
 
 def text_losses(model: Llama, tokenizer: Tokenizer, text: str) -> tuple[list[int], list[float]]:
-    """Ids of `text` and the loss of each in nats, given everything before it.
+    """Token ids of `text`, and the loss of each in nats given the tokens before it.
 
-    The text stands behind a document boundary (EOS, else BOS), as in training; without either, the first token is not
-    predicted and its loss is missing from the list's beginning. Texts longer than the model's context are read in
-    windows of seq_len tokens that overlap by half, so that every later token has at least half a context before it.
+    As in training, the text follows a document boundary (EOS, else BOS). Without either, the first token is not
+    predicted and the list of losses starts at the second. A text longer than the model's context is read in windows of
+    seq_len tokens that overlap by half, so that each later token has at least half a context before it.
     Raises EvaluationError for an empty or overlong text, or a tokenizer that does not fit the model.
     """
     ids = tokenizer.encode(text)
@@ -32,7 +32,7 @@ def text_losses(model: Llama, tokenizer: Tokenizer, text: str) -> tuple[list[int
         raise EvaluationError(f"the text must have 2 to {MOST_TOKENS} tokens; found {len(ids)}")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise EvaluationError(
-            f"tokenizer and model must have one vocabulary; found {tokenizer.vocab_size} and "
+            f"tokenizer and model must have vocabularies of one size; found {tokenizer.vocab_size} and "
             f"{model.config.vocab_size} ids"
         )
     prefix = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
@@ -51,7 +51,7 @@ def text_losses(model: Llama, tokenizer: Tokenizer, text: str) -> tuple[list[int
 def compare_tokens(model_a: Llama, model_b: Llama, tokenizer: Tokenizer, text: str) -> pandas.DataFrame:
     """One row per predicted token: `position` (from 1), `id`, `text`, `start`, `stop`, `loss_a`, `loss_b`, `delta`.
 
-    start and stop are characters of `text`; losses are in nats, delta is B − A: below 0 B predicts better.
+    start and stop count characters of `text`; losses are in nats; delta is B − A, negative where B predicts better.
     """
     import pandas
 
@@ -66,9 +66,10 @@ def compare_tokens(model_a: Llama, model_b: Llama, tokenizer: Tokenizer, text: s
 
 
 def token_spans(tokenizer: Tokenizer, ids: list[int], text: str) -> list[tuple[str, int, int]]:
-    """(text, start, stop) of each token in characters of `text`; a character of several ids stands at the last of them.
+    """(text, start, stop) of each token, in characters of `text`; a character split over several ids goes to the last.
 
-    Where the tokenizer rewrites the text (its bytes do not add up), `token_texts` stand in and the offsets are -1.
+    Where the tokenizer rewrites the text (so that the bytes do not add up), the texts are `token_texts` and the offsets
+    are -1.
     """
     sizes = [int(size) for size in tokenizer.token_bytes()[ids]]
     characters = [i for i, c in enumerate(text) for _ in c.encode()]  # of each byte
@@ -85,41 +86,12 @@ def token_spans(tokenizer: Tokenizer, ids: list[int], text: str) -> list[tuple[s
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each id adds to the decoded text; a character of several ids stands at the last of them."""
+    """What each id adds to the decoded text; a character split over several ids goes to the last of them."""
     texts, shown = [], ""
     for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end])
+        decoded = tokenizer.decode(ids[:end])
         if end < len(ids):  # bytes of an unfinished character, and those before them in its run, decode to U+FFFD
-            whole = max(shown, whole.rstrip("\ufffd"), key=len)
-        texts.append(whole[len(shown) :])
-        shown = whole
+            decoded = max(shown, decoded.rstrip("\ufffd"), key=len)
+        texts.append(decoded[len(shown) :])
+        shown = decoded
     return texts
-
-
-def top_changes(table: pandas.DataFrame, count: int = 10) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """(tokens that B predicts better, tokens that B predicts worse), largest change first, at most `count` each."""
-    delta = table["delta"].to_numpy()
-    order = delta.argsort(kind="stable")
-    better = [i for i in order if delta[i] < 0][:count]
-    worse = [i for i in order[::-1] if delta[i] > 0][:count]
-    return table.iloc[better], table.iloc[worse]
-
-
-def loss_by_position(table: pandas.DataFrame, bins: int = 16) -> pandas.DataFrame:
-    """Mean loss by position in the text, in up to `bins` stretches of equal length.
-
-    Columns `first`, `last` (positions), `n` (tokens), `loss_a`, `loss_b`, `delta` (nats, means).
-    """
-    import pandas
-
-    width = -(-len(table) // bins)
-    stretches = [table.iloc[i : i + width] for i in range(0, len(table), width)]
-    places = [part["position"].to_numpy() for part in stretches]
-    columns: dict[str, list[float]] = {
-        "first": [int(p[0]) for p in places],
-        "last": [int(p[-1]) for p in places],
-        "n": [len(p) for p in places],
-    }
-    for name in ("loss_a", "loss_b", "delta"):
-        columns[name] = [float(part[name].to_numpy().mean()) for part in stretches]
-    return pandas.DataFrame(columns)
