@@ -15,7 +15,7 @@ from tinylab.config.schema import Source
 from tinylab.data.order import DataOrder
 from tinylab.errors import DataError
 
-from .toy_runs import all_samples, stage, toy
+from .toy_runs import all_samples, consumed, stage, toy
 
 
 def test_seven_to_three_by_hand():
@@ -106,11 +106,11 @@ def test_consumed_counts_what_samples_lists_at_every_step():
     config = toy([stage(90, 9, {"a": 3.0, "b": 1.0, "c": 2.0}, "one"), stage(64, 16, {"c": 1.0}, "two", 30)], 3)
     order = DataOrder(config, dict.fromkeys("abc", 11))
     counts = dict.fromkeys("abc", 0)
-    assert order.consumed(0) == counts
+    assert consumed(order, 0) == counts
     for step in range(1, config.steps + 1):
         for i, name in enumerate("abc"):
             counts[name] += int((order.samples(step).source == i).sum())
-        assert order.consumed(step) == counts
+        assert consumed(order, step) == counts
 
 
 def test_step_ten_to_the_ninth_is_computed_and_not_counted_up_to():
@@ -121,10 +121,10 @@ def test_step_ten_to_the_ninth_is_computed_and_not_counted_up_to():
     order = DataOrder(toy(stages), {"a": 12_345, "b": 999})
     for step in (1, 2, steps, steps + 1, steps + steps // 4, 2 * steps):
         source = order.samples(step).source
-        before, after = order.consumed(step - 1), order.consumed(step)
+        before, after = consumed(order, step - 1), consumed(order, step)
         assert [int((source == i).sum()) for i in (0, 1)] == [after[n] - before[n] for n in "ab"]
     share_of_a = 0.7 * 1 + (0.7 + 0.2) / 2 * 0.5 + 0.2 * 0.5  # the first stage, the ramp, what follows it
-    assert order.consumed(2 * steps)["a"] == pytest.approx(share_of_a * steps * batch, abs=2)
+    assert consumed(order, 2 * steps)["a"] == pytest.approx(share_of_a * steps * batch, abs=2)
 
 
 def test_shares_that_no_small_fraction_gives_stay_exact_over_trillions():
@@ -132,8 +132,8 @@ def test_shares_that_no_small_fraction_gives_stay_exact_over_trillions():
     share = 0.1234567890123457
     config = replace(config, stages=(replace(config.stages[0], mixture={"slimpajama": share, "starcoder": 1 - share}),))
     order = DataOrder(config, {"slimpajama": 10**9, "starcoder": 10**9})
-    consumed = order.consumed(config.steps)["slimpajama"]
-    assert abs(consumed - Fraction(str(share)) * 1_430_512 * 1024) < 1
+    count = consumed(order, config.steps)["slimpajama"]
+    assert abs(count - Fraction(str(share)) * 1_430_512 * 1024) < 1
     assert (order.samples(config.steps).source == 0).sum() in (126, 127)
 
 

@@ -19,7 +19,7 @@ from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder, check_ranks, data_hash, format_hash, permute, rank_slice
 from tinylab.errors import ConfigError
 
-from .toy_runs import SEQ, all_samples, stage, toy
+from .toy_runs import SEQ, all_samples, consumed, stage, toy
 
 MASK = 2**64 - 1
 
@@ -170,7 +170,7 @@ def test_every_window_comes_once_per_epoch_and_epochs_in_order(run):
     assert [r[0] for r in rows] == list(range(len(rows)))
     for i, name in enumerate(order.names):
         mine = [(epoch, window) for _, source, epoch, window in rows if source == i]
-        assert len(mine) == order.consumed(config.steps)[name]
+        assert len(mine) == consumed(order, config.steps)[name]
         size = windows[name]
         for epoch in range(-(-len(mine) // size)):
             part = mine[epoch * size : (epoch + 1) * size]
@@ -272,7 +272,7 @@ def test_the_last_step_of_a_run_of_trillions_is_exact():
     # n samples times 0.693584, in whole numbers: (2 n 693584 + 10^6) // (2 10^6)
     n = 1_430_512 * 1024
     slimpajama = (2 * n * 693_584 + 10**6) // (2 * 10**6)
-    assert order.consumed(config.steps) == {"slimpajama": slimpajama, "starcoder": n - slimpajama}
+    assert consumed(order, config.steps) == {"slimpajama": slimpajama, "starcoder": n - slimpajama}
     for source, (name, count) in enumerate((("slimpajama", slimpajama), ("starcoder", n - slimpajama))):
         row = np.flatnonzero(last.source == source)[-1]
         epoch, place = divmod(count - 1, windows[name])

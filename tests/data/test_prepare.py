@@ -92,7 +92,7 @@ def test_each_document_begins_and_ends_as_the_boundary_says(data, tokenizer_fold
     stream = shards.stream("train", "a")
     for i in range(stream.n_documents):
         ids = stream.document_text_ids(i).tolist()
-        text = Path(stream.document_origin(i)).read_text(encoding="utf-8")
+        text = Path(stream.document_line(i)["origin"]).read_text(encoding="utf-8")
         assert ids == [i for i in (before, *tokenizer.encode(text), after) if i is not None]
 
 
@@ -161,7 +161,7 @@ def test_files_that_changed_since_are_said_and_the_data_used_as_they_are(data, t
     (tmp_path / "a" / "more.txt").unlink()
     (tmp_path / "b.jsonl").write_text('{"text": "another corpus of the same name, as in another folder"}\n')
     prepare(data, progress=said.append)
-    assert len(said) == 2 and "source b" in said[1] and "1 files then, 1 now, of other names or sizes" in said[1]
+    assert len(said) == 2 and "source b" in said[1] and "1 files then, 1 now, with other names or sizes" in said[1]
     shutil.rmtree(tokenizer)
     prepare(data, progress=said.append)
     train_tokenizer(PARAGRAPHS[:200], VOCAB).save(tokenizer)
@@ -231,7 +231,9 @@ def test_the_environments_own_text_is_prepared(tmp_path):
         streams = [shards.stream(split, name) for split in ("train", "validation")]
         assert 140_000 < sum(s.n_bytes for s in streams) <= 150_000 and all(s.n_documents for s in streams)
         for stream in streams:
-            assert all(stream.document_origin(i).startswith(("stdlib:", "package:")) for i in range(stream.n_documents))
+            assert all(
+                stream.document_line(i)["origin"].startswith(("stdlib:", "package:")) for i in range(stream.n_documents)
+            )
 
 
 def test_a_fast_engine_that_is_wrong_on_a_document_of_the_corpus_encodes_nothing(data, monkeypatch):

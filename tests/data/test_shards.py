@@ -61,7 +61,7 @@ def test_documents_of_a_range_carry_origin_and_extent(make_data, shard_tokens):
     assert [s.origin for s in stream.documents(14, 1)] == ["a:train:4"]
     assert [s.origin for s in stream.documents(13, 2)] == ["a:train:3", "a:train:4"]
     assert [stream.document_text_ids(i).tolist() for i in range(5)] == DOCUMENTS
-    assert stream.document_origin(4) == "a:train:4"
+    assert stream.document_line(4)["origin"] == "a:train:4"
     assert stream.document_line(2) == {
         "origin": "a:train:2",
         "bytes": 15,

@@ -180,7 +180,7 @@ def test_an_incomplete_byte_alphabet_is_refused_by_the_fast_engine_with_a_note(s
 def test_a_unigram_model_is_encoded_by_sentencepiece_with_a_note(shared, tmp_path):
     file = shared / "tokenizers/sentencepiece_m/m.model"
     loaded = load_tokenizer_file(file)
-    assert loaded.backend == "sentencepiece" and "no BPE model" in loaded.notes[0]
+    assert loaded.backend == "sentencepiece" and "not a BPE model" in loaded.notes[0]
     assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (2000, 1, 2)
     assert ids_of(loaded, list(SAMPLE)) == sentencepiece_ids(file.read_bytes(), list(SAMPLE))
     loaded.save(tmp_path)
@@ -216,7 +216,7 @@ def test_threads_and_copies_give_the_same_ids(trained, texts):
 
 def test_too_little_text_says_how_much_there_is_and_what_to_do(texts):
     with pytest.raises(
-        DataError, match=r"vocabulary of 4096 entries; found 2,000 bytes: they give at most \d+\. Give about"
+        DataError, match=r"vocabulary of 4096 entries; found 2,000 bytes: at most \d+ entries come of it\. Take about"
     ):
         train_tokenizer([texts[0][:2000]], 4096)
     with pytest.raises(

@@ -74,7 +74,7 @@ def prepare_verb(
 def _with_options(
     data: Data, source: tuple[str, ...], limit_mb: float | None, tokenizer: str | None, vocab_size: int | None
 ) -> Data:
-    """The data section with the options that were given put in."""
+    """The data section with the options of the command line."""
     if source:
         pairs = [s.partition("=") for s in source]
         wrong = [

@@ -23,11 +23,11 @@ _EXAMPLES = 5
 def audit_shards(shards: ShardSet, *, max_run: int = 64, seq_len: int | None = None) -> dict[str, Any]:
     """What the prepared data hold, and `problems`: one line for each thing that must not be (empty when all is well).
 
-    Problems: `max_run` or more equal ids in a row (TinyLlama stored whole chunks of BOS: jzhang38/TinyLlama#83),
+    Problems: `max_run` or more equal ids in a row (TinyLlama stored entire chunks of BOS: jzhang38/TinyLlama#83),
     counts that differ between manifest, ids, index and documents, ids outside the vocabulary or the recorded range,
     documents of the validation split that are also trained on. With `seq_len`, `windows` and `rest_tokens` too:
     tokens = 1 + windows * seq_len + rest, where the rest (less than one sequence) is never a target.
-    `copied` is no problem but to be known: the share of each source's validation tokens that lie in a stretch of
+    `copied` is not a problem but worth knowing: the share of each source's validation tokens within a stretch of
     50 tokens which some training source has too, such as the docstring of a function whose source is trained on.
     """
     problems: list[str] = []
@@ -61,7 +61,7 @@ def audit_shards(shards: ShardSet, *, max_run: int = 64, seq_len: int | None = N
 
 
 def find_runs(stream: TokenStream) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every stretch of equal ids, whole across shard borders: arrays of (first token, length, id), by position."""
+    """Every stretch of equal ids, joined across shard borders: arrays of (first token, length, id), by position."""
     start, length, held = 0, 0, -1
     for at in range(0, stream.n_tokens, _CHUNK):
         ids = stream.read(at, min(_CHUNK, stream.n_tokens - at)).astype(np.int64)
@@ -82,7 +82,7 @@ def _copied(shards: ShardSet) -> dict[str, float | None]:
     held = {name: shards.stream("validation", name) for name in shards.sources}
     hashes = {name: _stretches(stream.read(0, stream.n_tokens)) for name, stream in held.items()}
     known = np.unique(np.concatenate(list(hashes.values())))
-    trained = np.zeros(len(known) + 1, dtype=bool)  # one more: where a hash beyond all known ones would stand
+    trained = np.zeros(len(known) + 1, dtype=bool)  # one more: the place of a hash beyond all known ones
     for name in shards.sources:
         stream = shards.stream("train", name)
         for at in range(0, stream.n_tokens, _CHUNK):
@@ -100,7 +100,7 @@ def _copied(shards: ShardSet) -> dict[str, float | None]:
 
 
 def _stretches(ids: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of the stretch that begins at each token and is whole: uint64."""
+    """A 64-bit hash of each full stretch, by its first token: uint64."""
     count = max(0, len(ids) - _STRETCH + 1)
     state = np.zeros(count, dtype=np.uint64)
     for k in range(_STRETCH):

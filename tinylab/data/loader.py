@@ -27,7 +27,7 @@ from tinylab.model.loss import IGNORED
 _STEPS_AHEAD = 16
 """Steps whose shards are verified ahead of the one being read."""
 _MOST_HASHING_THREADS = 8
-"""Per rank; one core hashes about 1.2 GB/s, more than most disks give to one reader."""
+"""Per rank; one core hashes about 1.2 GB/s, more than most disks deliver to one reader."""
 
 
 @dataclass(frozen=True)

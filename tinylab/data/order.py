@@ -63,7 +63,7 @@ class Samples:
 class DataOrder:
     """Which samples each step of a run consumes, over all ranks.
 
-    `windows` gives the windows of each source's training stream. Raises DataError naming every source that has a
+    `windows` is the number of windows in each source's training stream. Raises DataError naming every source that has a
     share in some stage and no window.
     """
 
@@ -107,7 +107,7 @@ class DataOrder:
         source, number = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            piece = self._piece(first + done)
+            piece = bisect_right(self._starts, first + done) - 1
             border = self._starts[piece + 1] if piece + 1 < len(self._starts) else first + count
             length = min(count - done, border - first - done, _CHUNK)
             rows = np.arange(done, done + length)
@@ -120,16 +120,6 @@ class DataOrder:
                 epoch[rows], place = np.divmod(number[rows], size)
                 window[rows] = permute(place, size, _epoch_keys(self._keys[i], epoch[rows]))
         return Samples(np.arange(first, first + count, dtype=np.int64), source, epoch, window)
-
-    def consumed(self, step: int) -> dict[str, int]:
-        """Samples of each source consumed after step `step`; divided by its windows: epochs."""
-        n = self.config.tokens_at(step) // self.config.model.seq_len
-        counts = dict.fromkeys(self.names, 0)
-        self._root.count(self._piece(n), n, self.names, counts)
-        return counts
-
-    def _piece(self, n: int) -> int:
-        return bisect_right(self._starts, n) - 1
 
 
 def check_ranks(config: RunConfig, world: int) -> None:
@@ -153,7 +143,7 @@ def rank_slice(samples: Samples, rank: int, world: int) -> Samples:
 
 
 def data_hash(samples: Samples) -> int:
-    """A 64-bit number for a set of samples: values of disjoint parts add up (mod 2^64) to that of the whole."""
+    """A 64-bit number for a set of samples: values of disjoint parts add up (mod 2^64) to the value of the union."""
     state = np.zeros(len(samples), dtype=np.uint64)
     for column in (samples.n, samples.source, samples.epoch, samples.window):
         state = _mix((state ^ column.astype(np.uint64)) + _GOLDEN)
@@ -168,8 +158,8 @@ def format_hash(value: int) -> str:
 def permute(place: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Places 0 … size-1 under a keyed permutation of them: int64 in, int64 out, one 64-bit key per place.
 
-    A Feistel network over a grid of ceil(sqrt(size)) rows that just covers `size`; what falls outside walks on
-    (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network over a grid of ceil(sqrt(size)) rows that just covers `size`; a value outside is
+    permuted again (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
@@ -204,9 +194,9 @@ def _integer_weights(stage: Stage, names: Sequence[str]) -> list[int]:
     given = stage.mixture or dict.fromkeys(names, 1.0)
     exact = [Fraction(repr(float(given.get(n, 0.0)))) for n in names]
     scale = math.lcm(*(f.denominator for f in exact))
-    whole = [int(f * scale) for f in exact]
-    divisor = math.gcd(*whole)
-    return [w // divisor for w in whole]
+    weights = [int(f * scale) for f in exact]
+    divisor = math.gcd(*weights)
+    return [w // divisor for w in weights]
 
 
 def _pieces(config: RunConfig, weights: list[list[int]]) -> list[tuple[int, list[int]]]:
@@ -251,8 +241,8 @@ class _Split:
 class _Node:
     """A group of sources. Sample m of the group goes to its left half when [P(m + 1)] > [P(m)].
 
-    P is the running integral of the left half's share of the group; [x] rounds to the nearest, halves up. Left it
-    has the number [P(m)], right m - [P(m)]. Whole numbers throughout: nothing drifts however long the run.
+    P is the running integral of the left half's share of the group; [x] rounds to the nearest, halves up. Its number
+    is [P(m)] on the left, m - [P(m)] on the right. All are integers: nothing drifts, however long the run.
     """
 
     def __init__(self, sources: Sequence[int]) -> None:
@@ -272,7 +262,7 @@ class _Node:
         before = Fraction(old.at(begin), old.unit) if old else Fraction(0)
         exact = math.lcm(ratio.denominator, before.denominator)
         unit = exact * (_UNIT // exact // 2 * 2) if exact <= _UNIT // 2 else _UNIT
-        # The sum is rounded down to an even unit, so [P] stays what it was: no number is left out or given twice.
+        # The sum is rounded down to an even unit, so [P] does not change: no number is skipped or used twice.
         split = _Split(begin, unit, round(ratio * unit), math.floor(before * unit))
         self.splits.append(split)
         to_left = (split.sum + unit // 2) // unit
@@ -295,13 +285,3 @@ class _Node:
         left, right = self.children
         left.place(piece, before, here[goes_left], rows[goes_left], source, number)
         right.place(piece, base - before, (offsets - here)[~goes_left], rows[~goes_left], source, number)
-
-    def count(self, piece: int, m: int, names: Sequence[str], counts: dict[str, int]) -> None:
-        """Write how many of the group's first `m` samples each source has."""
-        if self.children is None:
-            counts[names[self.sources[0]]] = m
-            return
-        split = self.splits[piece]
-        to_left = (split.at(m) + split.unit // 2) // split.unit
-        self.children[0].count(piece, to_left, names, counts)
-        self.children[1].count(piece, m - to_left, names, counts)

@@ -41,8 +41,8 @@ def data_path(data: Data) -> Path:
 def prepare(data: Data, *, path: Path | None = None, progress: Say | None = None) -> ShardSet:
     """The shards of a data section in `path` (default: `data_path(data)`), prepared now if they are not there yet.
 
-    Two callers at once: the second waits and finds them done. Shards stay as they are when the files of a source
-    change, since a run must be able to go on; a line says so. `progress` receives lines of text (default: standard
+    Two callers at once: the second waits and finds them done. Shards do not change when the files of a source
+    do, since a run must be able to continue; a line says so. `progress` receives lines of text (default: standard
     error). Raises DataError: a missing, empty or unreadable corpus (source and file named), a tokenizer of another
     size than data.vocab_size, other data in the folder, no permission, not enough disk. Then nothing is left behind.
     """
@@ -94,7 +94,7 @@ def _prepared(target: Path, data: Data) -> ShardSet | None:
     if not (target / MANIFEST).exists():
         raise DataError(
             f"{target} must be empty or hold prepared data; found other files and no {MANIFEST}. "
-            "Give another folder (data.path)"
+            "Choose another folder (data.path)"
         )
     shards = open_shards(target)
     found, wanted = shards.manifest["config"], _identity(data)
@@ -103,13 +103,13 @@ def _prepared(target: Path, data: Data) -> ShardSet | None:
         differences = "; ".join(f"data.{k} is {found.get(k)!r} there, {wanted.get(k)!r} here" for k in sorted(keys))
         raise DataError(
             f"{target} must hold the data of this configuration; {differences}. "
-            "Give another folder (data.path), leave it out, or delete this one"
+            "Choose another folder (data.path), leave it out, or delete this one"
         )
     return shards
 
 
 def _listings(data: Data) -> dict[str, dict[str, Any]]:
-    """The local files behind each source and the tokenizer, as `corpora.listing` gives them."""
+    """The local files behind each source and the tokenizer, as `listing` describes them."""
     places = {"tokenizer": data.tokenizer} if data.tokenizer != "train" else {}
     for source in data.sources:
         kind, _, rest = source.corpus.partition(":")
@@ -119,20 +119,20 @@ def _listings(data: Data) -> dict[str, dict[str, Any]]:
 
 
 def _say_what_changed(shards: ShardSet, data: Data, say: Say) -> None:
-    """Say what other files are there now than when `shards` were prepared; gone files are no change."""
+    """Say which files have changed since `shards` were prepared; files that are gone do not count."""
     now = _listings(data)
     for what, before in shards.manifest.get("listings", {}).items():
         if now.get(what, before) != before:
             say(
                 f"{shards.path} is used as it was prepared, but {what} has changed: {before['files']:,} files then, "
-                f"{now[what]['files']:,} now, of other names or sizes. "
-                "To prepare it again, delete the folder or give another (data.path)"
+                f"{now[what]['files']:,} now, with other names or sizes. "
+                "To prepare it again, delete the folder or choose another (data.path)"
             )
 
 
 @contextmanager
 def _locked(target: Path, say: Say) -> Iterator[None]:
-    """Hold the lock of `target`, a file beside it that goes with its holder; waits for another preparation."""
+    """Hold the lock of `target`, a file beside it that its holder removes; waits for another preparation."""
     path = target.with_name(f".lock-{target.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def _locked(target: Path, say: Say) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(descriptor, path):
                 break
-            os.close(descriptor)  # its holder ended and took the file away: take part in the next one
+            os.close(descriptor)  # its holder has ended and removed the file: compete for the next one
     except OSError as error:
         raise DataError(str(disk_error(path, error))) from error
     try:

@@ -18,7 +18,7 @@ from tinylab.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One document: digest of its text, provenance, and where its UTF-8 bytes lie in the spool."""
+    """One document: digest of its text, provenance, and the place of its UTF-8 bytes in the spool."""
 
     digest: bytes
     origin: str
@@ -53,21 +53,21 @@ class Spool:
             for document in documents:
                 counts["read"] += 1
                 data = _encode(document, counts)
-                whole = hashlib.sha256(data).digest()
+                full = hashlib.sha256(data).digest()
                 if not data.strip():
                     counts["empty"] += 1
                     continue
-                if whole in seen:  # before any cut: a part of what is stored already would be new
+                if full in seen:  # checked before any cut: a part of a stored text would count as new
                     counts["duplicates"] += 1
                     continue
                 room = len(data) + 1 if limit_bytes is None else int(limit_bytes) - self.n_bytes
                 part = _cut(data, room)
-                digest = whole if part is data else hashlib.sha256(part).digest()
+                digest = full if part is data else hashlib.sha256(part).digest()
                 if part.strip() and digest not in seen:
                     entries.append(Entry(digest, document.origin, self.n_bytes, len(part)))
                     file.write(part)
                     self.n_bytes += len(part)
-                seen |= {whole, digest}
+                seen |= {full, digest}
                 if len(data) >= room:
                     break
         self._entries = entries
@@ -81,10 +81,10 @@ class Spool:
         return f"{self.report['kept']:,} of {self.report['read']:,} documents kept; left out: {reasons or 'nothing'}"
 
     def split(self, fraction: float, seed: int) -> None:
-        """Hold out the documents whose keyed hash lies below `fraction`; at least one of two, never the only one.
+        """Hold out the documents whose keyed hash is below `fraction`; at least one of two, never the only one.
 
         The hash is of the text, so a document is held out or not whatever else the corpus holds, but for that rule.
-        Documents are stored in the order of the hash, which is no order of theirs.
+        Documents are stored in the order of the hash, which depends on nothing else.
         """
         key = str(seed).encode()[:64]
         rank = {e.digest: hashlib.blake2b(e.digest, key=key, digest_size=8).digest() for e in self._entries}

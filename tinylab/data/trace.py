@@ -24,7 +24,8 @@ def run_shards(run: Run) -> ShardSet:
 def stored_shards(run: Run) -> ShardSet:
     """The data of a run if they are there; only their manifest is read, and a file when something asks for it.
 
-    Raises DataError when there are none, and as `run_shards` does: other data may hold out what this run trained on.
+    Raises DataError when there are none, and as `run_shards` does: the validation split of other data may hold
+    documents that this run was trained on.
     """
     path = data_path(run.config.data)
     return _trained_on(run, ShardSet(path, read_manifest(path)))
@@ -43,21 +44,20 @@ def _trained_on(run: Run, shards: ShardSet) -> ShardSet:
 def trace_batch(config: RunConfig, shards: ShardSet, step: int, text: bool = False) -> list[dict[str, Any]]:
     """One dictionary per sample of step `step`, over all ranks, in order.
 
-    | key | what it is |
-    |---|---|
-    | `n` | number of the sample in the run, from 0 |
-    | `source`, `epoch`, `window` | its address: source by name, epochs from 0, window of model.seq_len tokens |
-    | `first_token` | position of its first token in the source's stream |
-    | `documents` | of each document in it: `origin`, `sha256` of its text, `document` (its number), `tokens` |
-    | `text` | the sample decoded (with `text=True`) |
+    `n`: number of the sample in the run, from 0. `source`, `epoch`, `window`: its address (source by name, epochs from
+    0, windows of model.seq_len tokens). `first_token`: position of its first token in the source's stream.
+    `documents`: of each document in it `origin`, `sha256` of its text, `document` (its number) and `tokens`.
+    `text`: the sample decoded (with `text=True`).
 
     A sample reads seq_len + 1 tokens (inputs and last target), so the documents' `tokens` add up to that.
     Raises ConfigError for a step outside the run, DataError when the data do not fit the configuration.
     """
+    from tinylab.data.tokenizer.load import load_tokenizer_file
+
     order = DataOrder.of(config, shards)
     samples = order.samples(step)
     seq_len = config.model.seq_len
-    decode = _decoder(shards) if text else None
+    tokenizer = load_tokenizer_file(shards.tokenizer_path) if text else None
     rows = []
     for n, source, epoch, window in zip(samples.n, samples.source, samples.epoch, samples.window, strict=True):
         name, first = order.names[source], int(window) * seq_len
@@ -74,13 +74,7 @@ def trace_batch(config: RunConfig, shards: ShardSet, step: int, text: bool = Fal
                 for s in spans
             ],
         }
-        if decode is not None:
-            row["text"] = decode(stream.read(first, seq_len + 1).tolist())
+        if tokenizer:
+            row["text"] = tokenizer.decode(stream.read(first, seq_len + 1).tolist())
         rows.append(row)
     return rows
-
-
-def _decoder(shards: ShardSet) -> Any:
-    from tinylab.data.tokenizer.load import load_tokenizer_file
-
-    return load_tokenizer_file(shards.tokenizer_path).decode

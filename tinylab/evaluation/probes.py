@@ -121,7 +121,7 @@ def documents(shards: ShardSet, tokenizer: Tokenizer) -> Iterator[tuple[str, str
         stream = shards.stream("validation", name)
         for i in range(stream.n_documents):
             ids = [int(t) for t in stream.document_text_ids(i)]
-            yield tokenizer.decode([t for t in ids if t not in boundary]), stream.document_origin(i)
+            yield tokenizer.decode([t for t in ids if t not in boundary]), stream.document_line(i)["origin"]
 
 
 def _continuations(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:

@@ -2,7 +2,8 @@
 
 Prose: package descriptions, documentation files and docstrings. Code: sources of the standard library and of the
 installed packages. Files come in the order of a hash of their names, so that the first megabytes are a sample of
-the whole environment; nothing is read before it is asked for. tinylab itself and test folders are left out.
+the whole environment; a file is read only when its documents are requested. tinylab itself and
+test folders are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tinylab.data.corpus.document import Document
 
 PROSE_SUFFIXES = (".md", ".rst", ".txt")
 MIN_PROSE = 120
-"""Characters below which a docstring or document says too little to learn from."""
+"""Characters below which a docstring or document is too short to learn from."""
 MIN_CODE = 64
 MAX_FILE_BYTES = 200_000
 """Larger sources are tables or generated, and one of them would fill a small sample."""
@@ -131,7 +132,7 @@ def _spread(units: dict[str, _Unit]) -> list[_Unit]:
 
 
 def _read(unit: _Unit, skipped: Counter[str]) -> str:
-    """A file's text as it stands; empty, and counted, when it cannot be used."""
+    """A file's text unchanged; empty, and counted, when it cannot be used."""
     try:
         with open(unit.path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)

@@ -1,6 +1,6 @@
 """Prepared data, read: memory-mapped token streams with document boundaries.
 
-No byte of a shard is given before its file was compared with its SHA-256 in this process (integrity.py).
+No byte of a shard is returned before this process has compared its file with its SHA-256 (integrity.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tinylab.errors import DataError
 
 @dataclass(frozen=True)
 class DocumentSpan:
-    """The part of one document that lies in a range of tokens."""
+    """The part of one document that is in a range of tokens."""
 
     origin: str
     """Where the document came from, e.g. `stdlib:json/decoder.py`."""
     sha256: str
-    """Digest of the document's whole text."""
+    """Digest of the document's full text."""
     start: int
     """First token of the part, relative to the range."""
     stop: int
@@ -39,7 +39,7 @@ class DocumentSpan:
 class TokenStream:
     """The tokens of one source in one split: the concatenation of its shards, read on demand.
 
-    What reads raises DataError naming the file when a shard is damaged.
+    All methods that read raise DataError naming the file when a shard is damaged.
     """
 
     def __init__(self, root: Path, entry: Mapping[str, Any]) -> None:
@@ -115,10 +115,6 @@ class TokenStream:
         """Ids of document `i`, boundary ids included."""
         begin = self._document_start(i)
         return self.read(begin, self._document_start(i + 1) - begin)
-
-    def document_origin(self, i: int) -> str:
-        """Where document `i` came from."""
-        return self.document_line(i)["origin"]
 
     def document_line(self, i: int) -> dict[str, Any]:
         """What is stored about document `i`: origin, bytes and sha256 of its text, tokens."""

@@ -1,8 +1,8 @@
 """Text to ids and back, fast, with ids that were compared with the reference.
 
-Three engines stand behind one class. `sentencepiece` is the reference where there is a `tokenizer.model`;
-`tokenizers` runs a `tokenizer.json`; `gigatoken` is the fast path. An engine is used only after it gave the
-reference's ids on the strings of adversarial.py; `notes` says which one was refused, and on what.
+One class uses three engines. `sentencepiece` is the reference where there is a `tokenizer.model`; `tokenizers` runs
+a `tokenizer.json`; `gigatoken` is the fast path. An engine is used only after it has returned the reference's ids for
+the strings of adversarial.py; `notes` says which engine was rejected, and on which string.
 Documents are plain text: `<s>` in a text is three characters, never the id of a special token.
 """
 
@@ -32,7 +32,7 @@ class Tokenizer:
     """Text to ids and back. Made by load.py; can be pickled and shared by threads.
 
     `vocab_size`: one more than the largest id. `bos_id`, `eos_id`: None where there is none. `hash`: SHA-256 over
-    ids, pieces, merges and normalizer. `backend`: the engine that encodes. `notes`: engines refused, and why.
+    ids, pieces, merges and normalizer. `backend`: the engine that encodes. `notes`: engines rejected, and why.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Tokenizer:
         return [np.asarray(ids, dtype=np.int64) for ids in self._engine(self.backend)(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
+        """The text of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         wanted = [int(i) for i in ids if int(i) not in self._silent]
         if self._tokenizers is None:
             return self._sentencepiece.decode(wanted)
@@ -69,7 +69,7 @@ class Tokenizer:
         return self._token_bytes.copy()
 
     def check(self, texts: Sequence[str]) -> Tokenizer:
-        """Compare the engine with the reference on `texts`; give up engines that differ, with a note. Gives itself."""
+        """Compare the engine with the reference on `texts`; drop engines that differ, with a note. Returns itself."""
         reference = "sentencepiece" if self._sentencepiece else "tokenizers"
         wanted = self._engine(reference)(texts)
         while self.backend != reference:
@@ -78,13 +78,16 @@ class Tokenizer:
                 break
             slower = "tokenizers" if self.backend == "gigatoken" else "sentencepiece"
             self.notes.append(f"{self.backend} gives other ids than {reference} for {different}; using {slower}")
-            self._use(slower)
+            self.backend = slower
+            if slower == "sentencepiece":  # the only right engine: the rebuilt tokenizer.json is dropped
+                self._json = self._tokenizers = None
+                self._read_vocabulary()
         return self
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and, where there is one, tokenizer.model.
 
-        `transformers.AutoTokenizer.from_pretrained(folder)` then gives the same ids (add_special_tokens=False).
+        `transformers.AutoTokenizer.from_pretrained(folder)` then encodes to the same ids (add_special_tokens=False).
         Only SentencePiece can run some models (unigram): these are saved as tokenizer.model alone.
         """
         folder = Path(folder)
@@ -106,12 +109,12 @@ class Tokenizer:
             raise DataError(str(disk_error(folder, error))) from error
 
     def accelerate(self) -> Tokenizer:
-        """Take gigatoken as the engine where it gives the ids of `tokenizers` on the sample. Gives itself."""
+        """Take gigatoken as the engine if it agrees with `tokenizers` on the sample. Returns itself."""
         if self.backend != "tokenizers":
             return self
         try:
             fast = self._engine("gigatoken")(SAMPLE)
-        except BaseException as error:  # its panics are no Exception; whatever it raises, the slower engine works
+        except BaseException as error:  # its panics are not Exceptions; whatever it raises, the slower engine works
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -144,7 +147,7 @@ class Tokenizer:
         if self._model is not None:
             import sentencepiece
 
-            spm.parse(self._model)  # a message of ours for what is no model
+            spm.parse(self._model)  # our own message for a file that is not a model
             self._sentencepiece = sentencepiece.SentencePieceProcessor()
             try:
                 self._sentencepiece.LoadFromSerializedProto(self._model)
@@ -172,13 +175,6 @@ class Tokenizer:
                 self._gigatoken = gigatoken.Tokenizer.from_json(_without_special(self._json or ""))
             return self._gigatoken.encode_batch_list(list(texts))
 
-    def _use(self, backend: str) -> None:
-        """Switch the engine; with SentencePiece as the only right one, the rebuilt tokenizer.json is dropped."""
-        self.backend = backend
-        if backend == "sentencepiece":
-            self._json = self._tokenizers = None
-            self._read_vocabulary()
-
     def _read_vocabulary(self) -> None:
         """Sizes, special ids, bytes of each id and the hash, from the tokenizer's own data."""
         if self._json is not None and self._tokenizers is not None:
@@ -196,15 +192,13 @@ class Tokenizer:
         else:
             model = spm.parse(self._model or b"")
             self.vocab_size = len(model.pieces)
-            self.bos_id, self.eos_id = (i if i >= 0 else None for i in self._sentencepiece_ids())
+            ids = self._sentencepiece.bos_id(), self._sentencepiece.eos_id()
+            self.bos_id, self.eos_id = (i if i >= 0 else None for i in ids)
             self._silent = {i for i, p in enumerate(model.pieces) if p.type == spm.CONTROL}
             self._token_bytes = np.array([_piece_bytes(p) for p in model.pieces], dtype=np.int64)
             content = [[[p.text, p.score, p.type] for p in model.pieces], model.model_type]
             content.append([hashlib.sha256(v).hexdigest() for n, v in model.rest if n == 3])
             self.hash = _digest(content)
-
-    def _sentencepiece_ids(self) -> tuple[int, int]:
-        return self._sentencepiece.bos_id(), self._sentencepiece.eos_id()
 
     def _piece(self, i: int) -> str:
         return self._sentencepiece.id_to_piece(i) if self._tokenizers is None else self._tokenizers.id_to_token(i)

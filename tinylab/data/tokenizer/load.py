@@ -29,8 +29,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer_file(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder (tokenizer.model, tokenizer.json) or file, compared with SentencePiece if it can be.
 
-    Where there is a tokenizer.model it is the reference: a tokenizer.json that gives other ids is replaced by one
-    rebuilt from the model, and if that differs too SentencePiece itself encodes; `notes` says so.
+    Where there is a tokenizer.model it is the reference: a tokenizer.json with other ids is replaced by one rebuilt
+    from the model, and if that differs too, SentencePiece itself encodes; `notes` says so.
     Raises DataError when there is nothing to load or it cannot be read.
     """
     path = Path(path).expanduser()
@@ -77,7 +77,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
         folder = huggingface_hub.snapshot_download(
             match[1], revision=match[2], allow_patterns=[JSON_FILE, MODEL_FILE, CONFIG_FILE]
         )
-    except Exception as error:  # not found, offline, gated, no connection: many kinds, none of a common base
+    except Exception as error:  # not found, offline, gated, no connection: many kinds without a common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"tokenizer {name} must be a local folder or file, or a Hub id that can be reached; found: {reason}. "
@@ -87,7 +87,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
 
 
 def _with_model(model: bytes, json_text: str | None, settings: dict[str, Any]) -> Tokenizer:
-    """The first of tokenizer.json, the rebuilt one and SentencePiece itself that gives SentencePiece's ids."""
+    """The first of tokenizer.json, the rebuilt one and SentencePiece itself that encodes to SentencePiece's ids."""
     notes: list[str] = []
     plain = Tokenizer(model=model, settings=settings)
     parsed = spm.parse(model)

@@ -1,7 +1,7 @@
 """SentencePiece models as data: read and write the file, train one as Llama's was, rebuild it for `tokenizers`.
 
 The file is one protocol buffer (google/sentencepiece:src/sentencepiece_model.proto). The few fields that
-matter here are read directly, because the sentencepiece package gives no access to them without protobuf.
+matter here are read directly, because the sentencepiece package has no access to them without protobuf.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNIGRAM, BPE = 1, 2
 CHARACTER_COVERAGE = 0.9995
 """Share of the sample's characters that get a piece of their own; the rest is spelled in bytes (Llama's value)."""
 MAX_LINE = 4000
-"""Characters of a training sentence; SentencePiece drops sentences over 4,192 bytes unless told otherwise."""
+"""Characters of a training sentence; SentencePiece drops sentences over 4,192 bytes by default."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a `tokenizer.model` says. `pieces` stand in the order of their ids."""
+    """The content of a `tokenizer.model`; `pieces` are in the order of their ids."""
 
     pieces: tuple[Piece, ...]
     model_type: int = UNIGRAM
@@ -56,7 +56,7 @@ class SentencePieceModel:
     def why_not_rebuilt(self) -> str | None:
         """Why the recipe of `rebuild` does not apply to this model; None where it does."""
         if self.model_type != BPE:
-            return f"it is no BPE model (model_type {self.model_type}; 1 is unigram)"
+            return f"it is not a BPE model (model_type {self.model_type}; 1 is unigram)"
         if self.charsmap or self.remove_extra_whitespaces or not self.escape_whitespaces:
             return "its normalizer rewrites text, which Llama's does not"
         if self.whitespace_suffix or not self.add_dummy_prefix:
@@ -72,16 +72,18 @@ def parse(data: bytes) -> SentencePieceModel:
     try:
         for number, payload in _fields(data):
             if not isinstance(payload, bytes):
-                raise ValueError(f"field {number} is no message")
+                raise ValueError(f"field {number} is not a message")
             if number == 1:
                 values = dict(_fields(payload))
-                text, score = values[1], values.get(2, 0.0)
-                pieces.append(Piece(_text(text), float(score), int(values.get(3, NORMAL))))  # type: ignore[arg-type]
+                text, score, kind = values[1], values.get(2, 0.0), values.get(3, NORMAL)
+                if not isinstance(text, bytes) or isinstance(score, bytes) or not isinstance(kind, int):
+                    raise ValueError(f"a piece with fields of other types: {values}")
+                pieces.append(Piece(text.decode(), float(score), kind))
                 continue
             rest.append((number, payload))
             values = dict(_fields(payload))
             if number == 2:
-                settings["model_type"] = _int(values.get(3, UNIGRAM))
+                settings["model_type"] = int(values.get(3, UNIGRAM))
                 settings["whitespace_suffix"] = bool(values.get(24, 0))
                 settings["byte_fallback"] = bool(values.get(35, 0))
             elif number == 3:
@@ -97,7 +99,7 @@ def parse(data: bytes) -> SentencePieceModel:
 
 
 def serialize(model: SentencePieceModel) -> bytes:
-    """The bytes of the file; `parse(serialize(m)) == m` for what `parse` gave."""
+    """The bytes of the file; `parse(serialize(m)) == m` for what `parse` returned."""
     out = bytearray()
     for piece in model.pieces:
         text = piece.text.encode()
@@ -111,21 +113,18 @@ def serialize(model: SentencePieceModel) -> bytes:
 
 
 def rebuild(model: SentencePieceModel) -> tokenizers.Tokenizer:
-    """The same tokenizer for the `tokenizers` library, by a recipe that gives SentencePiece's ids.
+    """The same tokenizer for the `tokenizers` library, by a recipe that leads to SentencePiece's ids.
 
+    For models of which `why_not_rebuilt` is None.
     Merges come from all splits of each piece into two pieces of the vocabulary, by falling score; of equal scores the
     longer piece goes first, then the lower id. Ordering all merges by id instead (transformers' conversion) is wrong
     for Llama's file, whose runs of spaces share the lowest score, -1e9, at the lowest ids. SentencePiece takes the
     leftmost of equal pairs, so it lengthens one run as far as it can: longest first does that too (12 of 12 random
     sets of run lengths and ids; by id 6 of 12). No theorem: the caller compares ids with SentencePiece's.
-    Raises DataError when `why_not_rebuilt` has a reason.
     """
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
-    reason = model.why_not_rebuilt()
-    if reason:
-        raise DataError(f"this SentencePiece model cannot be rebuilt as a Llama BPE: {reason}")
     vocabulary = {piece.text: i for i, piece in enumerate(model.pieces)}
     ids = {p.text: i for i, p in enumerate(model.pieces) if p.type in (NORMAL, USER_DEFINED, UNUSED)}
     ranked: list[tuple[float, int, int, int, int, str, str]] = []
@@ -167,8 +166,8 @@ def train(texts: Iterable[str], vocab_size: int) -> SentencePieceModel:
             f"a byte-fallback vocabulary must have at least 260 entries (3 special, 256 bytes, 1 piece); "
             f"found {vocab_size}: set data.vocab_size and model.vocab_size higher"
         )
-    counted = _Counted(texts)
-    lines = counted.lines()
+    sizes: list[int] = []
+    lines = _lines(texts, sizes)
     first = next(lines, None)
     if first is None:
         raise DataError("training a tokenizer needs text; found none")
@@ -190,22 +189,17 @@ def train(texts: Iterable[str], vocab_size: int) -> SentencePieceModel:
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise _does_not_fit(vocab_size, counted.n_bytes, str(error)) from error
+        raise _does_not_fit(vocab_size, sum(sizes), str(error)) from error
     return _whitespace_last(parse(buffer.getvalue()))
 
 
-class _Counted:
-    """The non-empty lines of texts, in pieces of at most MAX_LINE characters, and their bytes so far."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts, self.n_bytes = texts, 0
-
-    def lines(self) -> Iterator[str]:
-        for text in self.texts:
-            self.n_bytes += len(text.encode())
-            for line in text.replace("\0", "\n").split("\n"):
-                for start in range(0, len(line), MAX_LINE):
-                    yield line[start : start + MAX_LINE]
+def _lines(texts: Iterable[str], sizes: list[int]) -> Iterator[str]:
+    """The non-empty lines of texts, in pieces of up to MAX_LINE characters; `sizes` receives each text's bytes."""
+    for text in texts:
+        sizes.append(len(text.encode()))
+        for line in text.replace("\0", "\n").split("\n"):
+            for start in range(0, len(line), MAX_LINE):
+                yield line[start : start + MAX_LINE]
 
 
 def _does_not_fit(vocab_size: int, n_bytes: int, reason: str) -> DataError:
@@ -217,12 +211,12 @@ def _does_not_fit(vocab_size: int, n_bytes: int, reason: str) -> DataError:
             f"found {vocab_size}: set data.vocab_size and model.vocab_size to {least[1]} or more"
         )
     most = re.search(r"value <= (\d+)", reason)
-    found = f"they give at most {most[1]}" if most else reason
-    # 20 kB of Python sources give 3,700 entries, 100 kB give 4,096 (repetitive text gives fewer).
+    found = f"at most {most[1]} entries come of it" if most else reason
+    # 20 kB of Python sources yield 3,700 entries, 100 kB yield 4,096 (repetitive text gives fewer).
     needed = max(vocab_size * 25, 2 * n_bytes)
     return DataError(
         f"the text must be varied enough for a vocabulary of {vocab_size} entries; found {n_bytes:,} bytes: {found}. "
-        f"Give about {needed:,} bytes or more (data.sources, limit_mb), "
+        f"Take about {needed:,} bytes or more (data.sources, limit_mb), "
         "or set data.vocab_size and model.vocab_size lower"
     )
 
@@ -280,15 +274,3 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, bytes):
-        raise ValueError("a piece without text")
-    return value.decode()
-
-
-def _int(value: object) -> int:
-    if not isinstance(value, int):
-        raise ValueError("a number of another kind")
-    return value
