@@ -15,7 +15,7 @@ from tinylab.data.corpus.files import open_files
 from tinylab.data.corpus.huggingface import open_huggingface
 from tinylab.errors import DataError
 
-_KINDS: dict[str, Callable[[str, Counter[str]], Iterator[Document]]] = {
+KINDS: dict[str, Callable[[str, Counter[str]], Iterator[Document]]] = {
     "local:prose": lambda _, skipped: environment.prose(skipped),
     "local:code": lambda _, skipped: environment.code(skipped),
     "files:": open_files,
@@ -31,7 +31,7 @@ def open_corpus(spec: str, skipped: Counter[str] | None = None) -> Iterator[Docu
     GLOB is recursive (`**`) and may list alternatives (`docs/**/*.{md,txt}`); files.py has the formats.
     Raises DataError when the corpus does not exist, and while iterating when a file given by name is damaged.
     """
-    for kind, opener in _KINDS.items():
+    for kind, opener in KINDS.items():
         rest = spec.removeprefix(kind)
         if spec.startswith(kind) and bool(rest) == kind.endswith(":"):
             return opener(rest, Counter() if skipped is None else skipped)
