@@ -28,7 +28,7 @@ def prepare_verb(
     vocab_size: int | None = None,
     set: UseAppendAction[tuple[str, ...]] = (),
 ) -> Answer:
-    """Corpora to tokenizer and token shards; a repeat finds them done.
+    """Turn corpora into a tokenizer and token shards, or find them done.
 
     Args:
         path: folder of the shards; default: one below data/ in TINYLAB_HOME, named by a digest of the configuration.
