@@ -67,7 +67,7 @@ def test_answers_are_those_of_each_request_alone(parts, max_tokens):
 
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("name", ["continuation", "code", "docstring"])
-def test_probes_are_answered_as_without_sharing(lab, parts, monkeypatch, name, add_bos):
+def test_probes_have_the_same_answers_without_sharing(lab, parts, monkeypatch, name, add_bos):
     """Through lm-eval, so with its empty contexts (the unconditional likelihoods) and its trailing spaces."""
     task = probe(name, build_probe(lab.shards, name)[:20], "test")
     lm = TinylabLM(*parts, add_bos=add_bos)
@@ -96,7 +96,7 @@ def test_a_context_is_computed_once_for_all_its_choices(parts, monkeypatch):
     assert _counted(lm, single, monkeypatch)[1] == 3 * 50, "a choice of one token costs no pass of its own"
 
 
-def test_requests_cut_on_the_left_are_answered_as_alone(parts):
+def test_requests_cut_on_the_left_have_the_answers_of_each_alone(parts):
     model, tokenizer = parts
     rng, room = random.Random(5), model.config.seq_len
     context = _ids(rng, room + 20)
@@ -108,7 +108,7 @@ def test_requests_cut_on_the_left_are_answered_as_alone(parts):
     assert lm.truncated
 
 
-def test_a_context_without_ids_is_the_prefix(parts):
+def test_a_context_without_ids_is_replaced_by_the_prefix(parts):
     """lm-eval hands the spaces of a context to the choice, so a context of spaces alone has no ids left."""
     model, tokenizer = parts
     lm = TinylabLM(model, tokenizer)
@@ -117,7 +117,7 @@ def test_a_context_without_ids_is_the_prefix(parts):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 100, 1000])
-def test_every_row_lies_in_one_batch_of_bounded_size_and_one_context_length(max_tokens):
+def test_every_row_is_in_one_batch_of_bounded_size_and_one_context_length(max_tokens):
     rng, rows = random.Random(6), set()
     for _ in range(30):
         context = tuple(_ids(rng, rng.choice((1, 8, 20, 20, 33))))

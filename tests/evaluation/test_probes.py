@@ -40,7 +40,7 @@ def test_word_overlap_is_the_share_of_items_that_shared_words_decide():
     assert word_overlap(items) == (1 + 0.5 + 0 + 0.25) / 4
 
 
-def test_the_right_answer_really_stands_in_the_held_out_document(lab):
+def test_the_right_answer_follows_its_context_in_the_held_out_document(lab):
     texts = {origin: text for text, origin in documents(lab.shards, load_tokenizer_file(lab.shards.tokenizer_path))}
     probes = build_probes(lab.shards)
     assert set(probes) == {"continuation", "code", "docstring"}
@@ -75,7 +75,7 @@ def test_items_fit_a_context_of_256_tokens(lab):
             assert longest <= CONTEXT_TOKENS + CHOICE_TOKENS + 16 <= 256
 
 
-def test_blocks_of_code_are_whole_lines_with_their_indent(lab):
+def test_blocks_of_code_are_complete_lines_with_their_indent(lab):
     texts = {origin: text for text, origin in documents(lab.shards, load_tokenizer_file(lab.shards.tokenizer_path))}
     for item in build_probe(lab.shards, "code"):
         lines = texts[item["origin"]].split("\n")
@@ -83,7 +83,7 @@ def test_blocks_of_code_are_whole_lines_with_their_indent(lab):
         assert any(lines[i : i + len(block)] == block for i in range(len(lines)))
 
 
-def test_sixteen_source_files_give_a_hundred_and_fifty_items():
+def test_sixteen_source_files_are_enough_for_150_items():
     texts = ((_source(i), f"package:p/{i}.py") for i in range(16))
     passages = list(_PASSAGES["code"](texts, cast(Any, _Words())))
     assert len({p.answer for p in passages}) >= 150 and len({p.document for p in passages}) == 16
@@ -110,7 +110,7 @@ class _Words:
         return [text.split() for text in texts]
 
 
-def test_items_depend_on_the_data_and_the_seed_alone(lab, tmp_path):
+def test_items_depend_only_on_the_data_and_the_seed(lab, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(lab.data, copy, ignore=shutil.ignore_patterns("probes"))
     shards = open_shards(copy)
@@ -119,8 +119,8 @@ def test_items_depend_on_the_data_and_the_seed_alone(lab, tmp_path):
     assert len(build_probe(shards, "continuation", n_items=24)) == 24
 
 
-def test_too_small_a_split_says_how_many_items_it_gives(lab, tmp_path):
-    with pytest.raises(DataError, match=r"the probe continuation needs at least 20 items .* it gives 7"):
+def test_the_error_for_a_split_that_is_too_small_has_its_number_of_items(lab, tmp_path):
+    with pytest.raises(DataError, match=r"the probe continuation needs at least 20 items .* it has 7"):
         build_probe(lab.shards, "continuation", n_items=7)
 
 
@@ -136,7 +136,7 @@ def test_the_written_yaml_is_an_lm_eval_task_with_the_same_items(lab):
     assert [json.loads(line) for line in lines] == items
 
 
-def test_a_folder_that_cannot_be_written_only_costs_building_again(lab):
+def test_items_are_built_again_if_the_folder_cannot_be_written(lab):
     items = build_probe(lab.shards, "code", n_items=24)
     folder = lab.data / "probes" / f"v{VERSION}-n24-seed0"
     shutil.rmtree(folder)

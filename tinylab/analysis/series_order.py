@@ -137,7 +137,7 @@ def _added(distance: np.ndarray, path: list[int], point: int) -> list[float]:
 
 
 def _is_unrelated_end(distance: np.ndarray, cosine: np.ndarray, path: list[int], end: int) -> bool:
-    """Whether the first (0) or last (-1) point of `path` is as far from its neighbour as from the next one."""
+    """Whether an end of `path` (0 or -1) is as far from its neighbour as from the next point, and unrelated to all."""
     point, others = path[end], path[1:] if end == 0 else path[:-1]
     near, far = (others[0], others[1]) if end == 0 else (others[-1], others[-2])
     is_flat = distance[point, near] > _FLAT * distance[point, far]

@@ -13,6 +13,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinylab.data.tokenizer.encode import Tokenizer
@@ -20,23 +21,21 @@ from tinylab.errors import EvaluationError
 from tinylab.evaluation.batches import Batch, Row, batches
 from tinylab.model.cache import KVCache
 from tinylab.model.generate import generate_ids
-from tinylab.model.loss import log_softmax_at
+from tinylab.model.loss import chunk_rows, log_softmax_at
 from tinylab.model.transformer import Llama
 
-LOGITS_AT_ONCE = 2**21
-"""Elements of a block of logits: 8 MiB in fp32."""
 Encoded = tuple[tuple[str, str], list[int], list[int]]
-"""(context, continuation) as text, ids of the context, ids of the continuation."""
+"""(context, continuation) as texts, ids of the context, ids of the continuation."""
 
 
 class TinylabLM(TemplateLM):
     """A Llama and its tokenizer as lm-eval's language model.
 
-    add_bos: whether BOS goes before every prompt, decided here and nowhere else (lm-eval's default changed in 2025).
-    prefix_id: what an empty context becomes; absent: EOS, or BOS where there is no EOS.
-    max_tokens: padded tokens of a batch. Equal inputs run once, and so does the context of several choices
+    add_bos: whether BOS goes before every prompt, whatever lm-eval's default (it changed in 2025).
+    prefix_id: what replaces an empty context; default: EOS, or BOS where there is no EOS.
+    max_tokens: padded tokens of a batch. Equal requests run once, and so does a context shared by several choices
     (evaluation/batches.py).
-    Left truncation is counted: `truncated` holds the requests that lost tokens of their context.
+    `truncated` holds the requests whose context was cut on the left.
     """
 
     backend = "causal"
@@ -55,7 +54,7 @@ class TinylabLM(TemplateLM):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise EvaluationError(
                 f"the tokenizer's {tokenizer.vocab_size} ids must fit the model's {model.config.vocab_size} rows; "
-                "they belong to different models"
+                "they belong to different models. Use the model's own tokenizer"
             )
         if prefix_id is None:
             prefix_id = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
@@ -78,18 +77,18 @@ class TinylabLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands for an empty context."""
+        """The id that replaces an empty context."""
         return self.prefix_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; BOS before them if this model adds it and `add_special_tokens` is not False."""
+        """Token ids of a text, after BOS if this model adds it and `add_special_tokens` is not False."""
         ids = self._encoded.get(string) or self.text.encode(string)
         if self.add_bos and add_special_tokens is not False and self.text.bos_id is not None:
             return [self.text.bos_id, *ids]
         return ids
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As lm-eval's, which encodes strings one by one: here all of them are encoded at once before."""
+        """Like lm-eval's, but all strings are first encoded together rather than one by one."""
         texts = {text for context, choice in (r.args for r in requests) for text in _spellings(context, choice)}
         ordered = sorted(texts)
         batch = self.text.encode_batch(ordered)
@@ -100,26 +99,23 @@ class TinylabLM(TemplateLM):
             self._encoded = {}
 
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding would say just that) of each continuation."""
+        """(log-likelihood in nats, whether greedy decoding would produce it) of each continuation."""
         rows: dict[Row, list[int]] = {}
         for i, (texts, context, continuation) in enumerate(requests):
             if not continuation:
                 raise EvaluationError(f"a choice must have at least one token; found {texts[1]!r} after {texts[0]!r}")
-            whole = (context or [self.prefix_id]) + continuation
+            ids = (context or [self.prefix_id]) + continuation
             if len(continuation) > self.max_length:
                 raise EvaluationError(
                     f"a choice of {len(continuation)} tokens does not fit the model's {self.max_length}; "
-                    f"leave this task out for so short a context: {texts[1][:60]!r}"
+                    f"leave this task out for a model of so short a context: {texts[1][:60]!r}"
                 )
-            if len(whole) > self.max_length + 1:
+            if len(ids) > self.max_length + 1:
                 self.truncated.add(texts)
-                whole = whole[-(self.max_length + 1) :]
-            rows.setdefault((tuple(whole), len(continuation)), []).append(i)
+            rows.setdefault((tuple(ids[-(self.max_length + 1) :]), len(continuation)), []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        planned = list(batches(rows, self.max_tokens))
-        for batch in tqdm(
-            planned, desc="scoring", unit="batch", disable=not self.progress, file=sys.stderr, leave=False
-        ):
+        plan = list(batches(rows, self.max_tokens))
+        for batch in tqdm(plan, "scoring", unit="batch", leave=False, file=sys.stderr, disable=not self.progress):
             for row, answer in zip(batch.rows, self._score(batch), strict=True):
                 for i in rows[row]:
                     answers[i] = answer
@@ -127,18 +123,24 @@ class TinylabLM(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, batch: Batch) -> list[tuple[float, bool]]:
-        """Answers of a batch's rows: the head runs where a token of a continuation is predicted, and nowhere else."""
+        """The answers of a batch's rows; the head runs only where a token of a continuation is predicted.
+
+        Log-likelihoods are summed in fp64 on the CPU.
+        """
         hidden = self._hidden_shared(batch.rows, batch.shared) if batch.shared else self._hidden(batch.rows)
         targets = torch.tensor([t for ids, count in batch.rows for t in ids[-count:]], device=self._device)
-        losses, greedy = self._targets(hidden, targets)
+        size = chunk_rows(self.model.config.vocab_size, hidden.device)
+        logs, hits = [], []
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = self.model.head(h)
+            logs.append(log_softmax_at(logits, t)[1])
+            hits.append(logits.argmax(1) == t)
         counts = [count for _, count in batch.rows]
-        return [
-            (float(part.sum()), bool(hit.all()))
-            for part, hit in zip(losses.split(counts), greedy.split(counts), strict=True)
-        ]
+        parts = zip(torch.cat(logs).double().cpu().split(counts), torch.cat(hits).cpu().split(counts), strict=True)
+        return [(float(log.sum()), bool(hit.all())) for log, hit in parts]
 
     def _hidden(self, rows: Sequence[Row]) -> Tensor:
-        """What the head reads (sum of counts, C), row after row; every row runs whole."""
+        """What the head reads (sum of counts, C), row after row; every row runs with its context."""
         ids = _padded([ids[:-1] for ids, _ in rows])
         width = ids.shape[1]
         ends = [i * width + len(ids) - 1 for i, (ids, _) in enumerate(rows)]
@@ -147,10 +149,10 @@ class TinylabLM(TemplateLM):
         return hidden[torch.tensor(where, device=self._device)]
 
     def _hidden_shared(self, rows: Sequence[Row], length: int) -> Tensor:
-        """The same for rows whose contexts are all of `length` tokens: each different context runs once.
+        """The same for rows whose contexts all have `length` tokens: each distinct context runs once.
 
-        Its last token predicts the first of every continuation; the others run on copies of its keys and values,
-        padded on the right, where no token of theirs looks.
+        The last token of a context predicts the first of every continuation. The rest of each continuation runs on a
+        copy of the context's keys and values; the padding is on the right, where causal attention does not look.
         """
         places: dict[tuple[int, ...], int] = {}
         owners = [places.setdefault(ids[:length], len(places)) for ids, _ in rows]
@@ -164,18 +166,8 @@ class TinylabLM(TemplateLM):
         counts = torch.tensor([count for _, count in rows], device=self._device)
         return hidden[torch.arange(hidden.shape[1], device=self._device) < counts[:, None]]
 
-    def _targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target in nats, fp64 on the CPU, and whether it is the most likely id."""
-        size = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
-        logs, hits = [], []
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = self.model.head(h)
-            logs.append(log_softmax_at(logits, t)[1])
-            hits.append(logits.argmax(1) == t)
-        return torch.cat(logs).double().cpu(), torch.cat(hits).cpu()
-
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of whole texts, each token predicted once with as much context as fits."""
+        """Log-likelihood in nats of each text; every token is predicted once, with as much context as fits."""
         results = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
@@ -190,7 +182,7 @@ class TinylabLM(TemplateLM):
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, each cut before the first of its `until` strings."""
+        """Greedy continuations, each cut before the first of its `until` strings that occurs."""
         results = []
         for context, settings in (request.args for request in requests):
             until = settings.get("until") or []
@@ -198,10 +190,10 @@ class TinylabLM(TemplateLM):
             room = self.max_length - count
             if room < 1:
                 raise EvaluationError(f"max_gen_toks ({count}) must be below the model's {self.max_length} tokens")
-            whole = self.tok_encode(context)
-            if len(whole) > room:
+            ids = self.tok_encode(context)
+            if len(ids) > room:
                 self.truncated.add((context, ""))
-            ids = whole[-room:] or [self.prefix_id]
+            ids = ids[-room:] or [self.prefix_id]
             output = generate_ids(
                 self.model, torch.tensor([ids], device=self._device), count, temperature=0.0, eos_id=self.text.eos_id
             )
@@ -217,11 +209,8 @@ def _spellings(context: str, choice: str) -> tuple[str, ...]:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Ids (N, T), int64, filled up with zeros on the right."""
-    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
-    for line, row in zip(ids, rows, strict=True):
-        line[: len(row)] = torch.tensor(row)
-    return ids
+    """Ids (N, T), int64, padded with zeros on the right."""
+    return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
 
 
 def _copies(cache: KVCache, owner: Tensor, model: Llama, size: int) -> KVCache:

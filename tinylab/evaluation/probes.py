@@ -1,9 +1,9 @@
-"""Offline multiple choice from held-out documents: what a model of any size can be scored on without a download.
+"""Multiple-choice probes from held-out documents: a model of any size can be scored on them without a download.
 
-`continuation`: which of four passages goes on with this text? `code`: which of four blocks goes on with this source
-file? `docstring`: which of four docstrings belongs here? The group `probes` is the first two; `docstring`, asked for by
-name, stays near chance for models of a few million parameters. Items depend on the data's fingerprint and the seed
-alone. The wrong answers are right answers of other items, from other documents where these give three.
+`continuation`: which of four passages continues this text? `code`: which of four blocks continues this source file?
+`docstring`: which of four docstrings belongs to this code? The group `probes` is the first two; `docstring` must be
+named, as models of a few million parameters stay near chance on it. Items depend only on the data's fingerprint and
+the seed. Wrong answers are the right answers of other items, from other documents if those have three.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,29 +29,29 @@ from tinylab.runs.durable import read_lines, write_atomic
 
 PROBES = ("continuation", "code", "docstring")
 VERSION = 2
-"""Of the construction below: another version is another task."""
+"""Version of the construction below; scores of different versions are not comparable."""
 N_ITEMS = 200
 MIN_ITEMS = 20
 N_CHOICES = 4
 CONTEXT_TOKENS = 80
 CHOICE_TOKENS = 40
-"""Both together stay far below the 256 tokens of the smallest preset, with room for another tokenizer's spelling."""
+"""Their sum is far below the 256 tokens of the smallest preset, so that a longer encoding also fits."""
 MIN_CONTEXT_TOKENS, MIN_CHOICE_TOKENS = 32, 24
 MIN_DOCSTRING_TOKENS = 6
 WINDOWS_PER_DOCUMENT = 32
-"""So many that a handful of long source files gives a whole probe; short of it, every document gives one first."""
+"""Enough that a handful of long source files makes a full probe; each document contributes one before any a second."""
 NEAR_IN_LENGTH = 12
-"""A wrong docstring is drawn among this many nearest in length."""
+"""Wrong answers are drawn from this many that are nearest in length."""
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _WORD = re.compile(r"\w+")
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
 _LINE_END = re.compile(r"(?<=\S)\n(?=[^\S\n]*\S)")
-"""Between two lines that are not blank: an indent belongs to the line it begins."""
+"""A line break between two lines that are not blank; the indent stays with the second."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A context, its true answer, and where both come from."""
+    """A context, its right answer, and where both come from."""
 
     context: str
     answer: str
@@ -61,35 +62,34 @@ class Passage:
 
 
 def build_probe(shards: ShardSet, task: str, n_items: int = N_ITEMS, seed: int = 0) -> list[dict[str, Any]]:
-    """Items of one probe, read from DATA/probes where they were built before; fewer than `n_items` in a small split.
+    """Items of one probe, read from DATA/probes if built before; a small split has fewer than `n_items`.
 
-    Raises DataError naming how many there are when fewer than 20 are possible.
+    Raises DataError with the number of items when fewer than 20 are possible.
     """
-    folder = shards.path / "probes" / f"v{VERSION}-n{n_items}-seed{seed}"
-    path = folder / f"{task}.jsonl"
+    path = shards.path / "probes" / f"v{VERSION}-n{n_items}-seed{seed}" / f"{task}.jsonl"
     if path.is_file():
         return read_lines(path)[0]
     rng = random.Random(f"{shards.fingerprint}:{task}:{seed}:{VERSION}")
     tokenizer = load_tokenizer_file(shards.tokenizer_path)
     passages = _spread(list(_PASSAGES[task](documents(shards, tokenizer), tokenizer)), n_items, rng)
-    items = _items(task, passages, rng)
-    if len(items) < MIN_ITEMS:
+    if len(passages) < MIN_ITEMS:
         raise DataError(
             f"the probe {task} needs at least {MIN_ITEMS} items from the validation split of {shards.path}; "
-            f"it gives {len(items)}. Prepare more data, or raise data.validation_fraction"
+            f"it has {len(passages)}. Prepare more data, or raise data.validation_fraction"
         )
-    _keep(folder, path, task, items)
+    items = _items(task, passages, rng)
+    _keep(path, task, items)
     return items
 
 
 def probe_config(name: str) -> dict[str, Any]:
-    """The lm-eval configuration of a probe, but for its documents: plain values, as its YAML file holds them."""
+    """The lm-eval configuration of a probe without its documents, as plain values for its YAML file."""
     return {
         "task": name,
         "dataset_path": "json",
         "output_type": "multiple_choice",
         "validation_split": "validation",
-        "doc_to_text": "context",  # names of fields: a template is compiled again for every item
+        "doc_to_text": "context",  # names of fields, as a template would be compiled again for every item
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "target_delimiter": "\n" if name == "code" else " ",
@@ -102,9 +102,9 @@ def probe_config(name: str) -> dict[str, Any]:
 
 
 def word_overlap(items: list[dict[str, Any]]) -> float:
-    """Accuracy of choosing, without a model, the choice that shares most different words with the context.
+    """Accuracy without a model, by choosing the answer that shares the most distinct words with the context.
 
-    Choices that share equally many count in parts. A model that does no better has learned nothing but topics.
+    Ties count as fractions. A model that does no better has learned only topics.
     """
     right = 0.0
     for item in items:
@@ -124,24 +124,18 @@ def documents(shards: ShardSet, tokenizer: Tokenizer) -> Iterator[tuple[str, str
             yield tokenizer.decode([t for t in ids if t not in boundary]), stream.document_line(i)["origin"]
 
 
-def _continuations(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:
-    """Windows of prose, cut at single spaces."""
+def _continuations(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer, *, code: bool) -> Iterator[Passage]:
+    """Windows of Python source cut at the ends of lines, or of everything else cut at single spaces."""
     for text, origin in texts:
-        if not _is_code(text, origin):
-            yield from _windows(text, origin, _SPACE, tokenizer)
-
-
-def _blocks(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:
-    """Windows of Python source, cut at the ends of lines."""
-    for text, origin in texts:
-        if _is_code(text, origin):
-            yield from _windows(text, origin, _LINE_END, tokenizer)
+        is_code = origin.endswith(".py") or bool(_definitions(text))
+        if is_code == code:
+            yield from _windows(text, origin, _LINE_END if code else _SPACE, tokenizer)
 
 
 def _windows(text: str, origin: str, cut: re.Pattern[str], tokenizer: Tokenizer) -> Iterator[Passage]:
-    """Windows one after another: a context of 32 to 80 tokens and the 24 to 40 behind it, both between cuts.
+    """Consecutive windows: a context of 32 to 80 tokens and the 24 to 40 that follow it, each ending at a cut.
 
-    `cut` matches the one character between two pieces; it is left out between context and answer.
+    `cut` matches the single character between two pieces; the one between context and answer is dropped.
     """
     ends = [-1, *(m.start() for m in cut.finditer(text)), len(text)]
     costs = [len(ids) for ids in tokenizer.encode_batch([text[a + 1 : b] for a, b in pairwise(ends)])]
@@ -159,16 +153,11 @@ def _windows(text: str, origin: str, cut: re.Pattern[str], tokenizer: Tokenizer)
 
 
 def _advance(costs: list[int], start: int, budget: int) -> int:
-    """The furthest index that `budget` tokens reach from piece `start`."""
+    """The index after the last piece that `budget` tokens reach from piece `start`."""
     while start < len(costs) and costs[start] <= budget:
         budget -= costs[start]
         start += 1
     return start
-
-
-def _is_code(text: str, origin: str) -> bool:
-    """Whether a document is Python: by its name, or because it parses and defines something."""
-    return origin.endswith(".py") or bool(_definitions(text))
 
 
 def _definitions(text: str) -> list[Definition]:
@@ -185,16 +174,15 @@ def _definitions(text: str) -> list[Definition]:
 
 
 def _docstrings(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[Passage]:
-    """Functions and classes without their docstring, and its first paragraph of 6 to 40 tokens."""
+    """Functions and classes without their docstring, and as the answer its first paragraph, of 6 to 40 tokens."""
     for text, origin in texts:
         for node in _definitions(text):
             answer = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
             cost = len(tokenizer.encode(answer))
             if not MIN_DOCSTRING_TOKENS <= cost <= CHOICE_TOKENS:
                 continue
-            code = _without_docstring(text, node)
             lines, left = [], CONTEXT_TOKENS
-            for line in code:
+            for line in _without_docstring(text, node):
                 left -= len(tokenizer.encode(line)) + 1
                 if left < 0:
                     break
@@ -206,7 +194,7 @@ def _docstrings(texts: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Itera
 
 
 def _without_docstring(text: str, node: Definition) -> list[str]:
-    """Source lines of a definition, dedented, its docstring and blank lines left out."""
+    """Source lines of a definition, dedented, without its docstring and blank lines."""
     lines = text.splitlines()
     first, doc = node.lineno - 1, node.body[0]
     kept = lines[first : doc.lineno - 1] + lines[doc.end_lineno or doc.lineno : node.end_lineno]
@@ -214,14 +202,14 @@ def _without_docstring(text: str, node: Definition) -> list[str]:
 
 
 _PASSAGES: dict[str, Callable[[Iterator[tuple[str, str]], Tokenizer], Iterator[Passage]]] = {
-    "continuation": _continuations,
-    "code": _blocks,
+    "continuation": partial(_continuations, code=False),
+    "code": partial(_continuations, code=True),
     "docstring": _docstrings,
 }
 
 
 def _spread(passages: list[Passage], count: int, rng: random.Random) -> list[Passage]:
-    """Up to `count` passages with different answers, as many documents as possible before a second of any."""
+    """Up to `count` passages with distinct answers; every document contributes one before any contributes a second."""
     by_document: dict[str, list[Passage]] = {}
     seen: set[str] = set()
     for passage in passages:
@@ -237,7 +225,7 @@ def _spread(passages: list[Passage], count: int, rng: random.Random) -> list[Pas
 
 
 def _items(task: str, passages: list[Passage], rng: random.Random) -> list[dict[str, Any]]:
-    """Each passage with three answers of other documents near in length, the right one at balanced places."""
+    """Each passage with three wrong answers near in length, the right one equally often at each place."""
     places = [i % N_CHOICES for i in range(len(passages))]
     rng.shuffle(places)
     items = []
@@ -246,8 +234,6 @@ def _items(task: str, passages: list[Passage], rng: random.Random) -> list[dict[
         if len(others) < N_CHOICES - 1:
             others = [p for p in passages if p is not passage]
         others.sort(key=lambda p: (abs(p.answer_tokens - passage.answer_tokens), p.origin, p.answer))
-        if len(others) < N_CHOICES - 1:
-            return []
         chosen = rng.sample(others[:NEAR_IN_LENGTH], N_CHOICES - 1)
         chosen.insert(gold, passage)
         identity = hashlib.sha256(json.dumps([p.answer for p in chosen] + [passage.context]).encode()).hexdigest()
@@ -258,11 +244,11 @@ def _items(task: str, passages: list[Passage], rng: random.Random) -> list[dict[
     return items
 
 
-def _keep(folder: Path, path: Path, task: str, items: list[dict[str, Any]]) -> None:
-    """Write items and YAML beside the data; a folder that cannot be written only costs building them again."""
+def _keep(path: Path, task: str, items: list[dict[str, Any]]) -> None:
+    """Write items and YAML beside the data; if the folder is not writable, they are built again next time."""
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     config = probe_config(task) | {"dataset_kwargs": {"data_files": {"validation": str(path)}}}
     with contextlib.suppress(OSError, CheckpointError):
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path.with_suffix(".yaml"), json.dumps(config, indent=1) + "\n")  # JSON is YAML
         write_atomic(path, lines)

@@ -1,7 +1,6 @@
-"""Profiles: the settings under which scores may be compared, and nothing else.
+"""Profiles: the settings that two scores must share to be comparable.
 
-The tokenizer is not part of a profile (TinyLlama and Pythia must compare); batch size, device and limit stand beside
-it.
+The tokenizer, batch size, device and limit are not among them: TinyLlama and Pythia must be comparable.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from tinylab.errors import ConfigError, EvaluationError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """How items are scored. Two results compare only when every field is equal."""
+    """How items are scored. Two results are comparable only if every field but the name is equal."""
 
     name: str
     """Name on the command line; not part of the hash."""
     add_bos: bool | None = False
-    """Whether BOS goes before every prompt; absent: as the checkpoint's tokenizer does by itself."""
+    """Whether BOS goes before every prompt; None: as the checkpoint's own tokenizer does."""
     dtype: str = "fp32"
     """Precision of weights and activations."""
     num_fewshot: int = 0
     """Solved examples before each prompt."""
     accuracy: str = "acc_norm per character where the task has it, else acc"
-    """Which metric stands for a benchmark in tables and in the mean."""
+    """The metric used for a benchmark in tables and in the mean."""
     empty_context: str = "document boundary"
-    """What an empty context becomes (mutual information): EOS where there is one, as lm-eval's hf-causal of 2023."""
+    """What replaces an empty context (for mutual information): EOS if there is one, as in lm-eval's hf-causal."""
     lm_eval: str = ""
     """Version of lm-eval that built the prompts."""
 
@@ -39,17 +38,15 @@ class Profile:
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
 
     def fields(self) -> dict[str, object]:
-        """The fields that must be equal for two results to compare."""
-        values = asdict(self)
-        del values["name"]
-        return values
+        """The fields that must be equal for two results to be comparable."""
+        return {name: value for name, value in asdict(self).items() if name != "name"}
 
 
 def profile(name: str | Profile) -> Profile:
     """The profile of that name, bound to the installed lm-eval.
 
-    `tinyllama-2023`: zero-shot, no BOS, fp32: how EVAL.md was made (`main.py --model hf-causal` of v0.3.0).
-    `current`: lm-eval's defaults of today, where a Llama tokenizer prepends BOS by itself.
+    `tinyllama-2023`: zero-shot, no BOS, fp32, as for EVAL.md (`main.py --model hf-causal` of v0.3.0).
+    `current`: today's defaults of lm-eval, where a Llama tokenizer prepends BOS.
     Raises ConfigError for another name, EvaluationError when lm-eval is not installed.
     """
     if isinstance(name, Profile):
