@@ -181,7 +181,7 @@ def _precision(device: str) -> Iterator[Finding]:
     from tinylab.model.precision import native_bf16, resolve_precision
 
     text = "bf16 in hardware" if native_bf16(device) else "no bf16 in hardware"
-    yield Finding("precision", "ok", f"{device}: {text}; auto means {resolve_precision(device, 'auto')}")
+    yield Finding("precision", "ok", f"{device}: {text}; auto means {resolve_precision(device, 'auto').name}")
 
 
 def _attention(device: str) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ import torch
 
 from tinylab.model.attention import BACKENDS, TORCH, dense_mask, document_lengths
 from tinylab.model.attention_choice import why_not
-from tinylab.model.precision import autocast
+from tinylab.model.precision import resolve_precision
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Errors seen stay below half of these: 24 and 8 bits of mantissa, values of order 1."""
@@ -107,7 +107,7 @@ def test_under_autocast_on_a_cpu_attention_stays_exact():
     """There torch's bf16 kernel would be the slower one, so the sums are in fp32."""
     q, k, v = heads(17, 17)
     exact = TORCH.attend(q, k, v, documents=None)
-    with autocast("cpu", "bf16"):
+    with resolve_precision("cpu", "bf16").step():
         assert (TORCH.attend(q, k, v, documents=None) - exact).abs().max() < 2e-6
         assert TORCH.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), documents=None).dtype == torch.float32
 

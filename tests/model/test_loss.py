@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import tinylab.model.loss as loss_module
 from tinylab.config.architecture import Model
 from tinylab.model.loss import IGNORED, linear_cross_entropy, loss_sum, token_losses
-from tinylab.model.precision import autocast
+from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama
 
 SMALL = Model(vocab_size=50, n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=24, seq_len=32, init="normal")
@@ -48,7 +48,7 @@ def test_sum_and_gradients_equal_autograd_in_fp64():
 def test_autocast_errs_no_more_than_torchs_own_autocast():
     hidden, weight, targets = given(vocabulary=400)
     exact = F.cross_entropy(hidden.detach() @ weight.detach().t(), targets, reduction="sum", ignore_index=IGNORED)
-    with autocast("cpu", "bf16"):
+    with resolve_precision("cpu", "bf16").step():
         ours = linear_cross_entropy(hidden, weight, targets)
         theirs = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum", ignore_index=IGNORED)
     assert ours.dtype == torch.float32
@@ -118,7 +118,7 @@ def test_a_step_repeated_is_bit_equal(precision):
     for _ in range(2):
         model = Llama(SMALL)
         model.init_weights(0)
-        with autocast("cpu", precision):
+        with resolve_precision("cpu", precision).step():
             loss = loss_sum(model, SimpleNamespace(inputs=ids[:, :-1], targets=ids[:, 1:], document_ids=None))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])

@@ -17,6 +17,7 @@ from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
 from tinylab.formats.huggingface_config import config_values
 from tinylab.model.names import to_huggingface
+from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama
 from tinylab.optim.schedule import lr_at
 from tinylab.training.step import train_step
@@ -43,12 +44,12 @@ def our_losses(run: RunConfig, micro_batch: int) -> tuple[Llama, list[float]]:
     """The trained model and its losses: the training loop's own state, step and schedule."""
     context = Context(device=torch.device("cpu"))
     state = build_state(run, context, None)
-    losses = []
+    losses, fp32 = [], resolve_precision("cpu", "fp32")
     for step, ids in enumerate(batches(), 1):
         parts = [MicroBatch(rows[:, :-1], rows[:, 1:], None) for rows in ids.split(micro_batch)]
         rate, clip = lr_at(run, step), run.optimizer.clip_norm
         targets = SEQUENCES * LENGTH
-        result = train_step(state, parts, targets, lr=rate, clip_norm=clip, precision="fp32", context=context)
+        result = train_step(state, parts, targets, lr=rate, clip_norm=clip, precision=fp32, context=context)
         losses.append(result.loss)
     return state.model.eval(), losses
 

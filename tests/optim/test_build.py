@@ -14,6 +14,7 @@ from tinylab.config.architecture import Model
 from tinylab.config.schema import Optimizer, Parallel
 from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
+from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import KINDS, build_optimizer, logical_matrices, parameter_groups
 from tinylab.training.step import train_step
@@ -114,11 +115,11 @@ def test_another_kind_of_optimizer_trains_with_its_rate_scale_on_each_logical_ma
     state = TrainState(model=trained, parallel=Parallel(), optimizer=build_optimizer(trained, settings))
     # Two query heads, one key head and one value head of 4 rows each; gate and up of 12 rows each.
     parts = {"blocks.0.attn.qkv.weight": (8, 4, 4), "blocks.0.mlp.gate_up.weight": (12, 12)}
-    context = Context(device=torch.device("cpu"))
+    context, fp32 = Context(device=torch.device("cpu")), resolve_precision("cpu", "fp32")
     for step, lr in enumerate((0.1, 0.2, 0.05)):
         ids = torch.randint(0, 16, (3, 9), generator=torch.Generator().manual_seed(step))
         batch = MicroBatch(inputs=ids[:, :-1], targets=ids[:, 1:], document_ids=None)
-        train_step(state, [batch], 24, lr=lr, clip_norm=None, precision="fp32", context=context)
+        train_step(state, [batch], 24, lr=lr, clip_norm=None, precision=fp32, context=context)
 
         by_hand.zero_grad()
         F.cross_entropy(by_hand(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()

@@ -15,12 +15,14 @@ from tinylab.config.schema import Optimizer, Parallel
 from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
 from tinylab.errors import TinylabError
+from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_optimizer
 from tinylab.training.step import agree, train_step
 
 MODEL = Model(vocab_size=50, n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=32, seq_len=8)
 CONTEXT = Context(device=torch.device("cpu"))
+FP32 = resolve_precision("cpu", "fp32")
 
 
 def new_state(lr: float = 1e-2) -> TrainState:
@@ -63,7 +65,7 @@ def test_a_step_is_that_of_the_mean_over_the_whole_batch(size: int, masked: bool
     state = new_state()
     micro_batches = split(batch, size)
     _, targets, _ = agree(CONTEXT, StepBatch(1, micro_batches, 0), False)
-    result = train_step(state, micro_batches, targets, lr=1e-2, clip_norm=clip_norm, precision="fp32", context=CONTEXT)
+    result = train_step(state, micro_batches, targets, lr=1e-2, clip_norm=clip_norm, precision=FP32, context=CONTEXT)
     loss, norm, weights = reference_step(batch, clip_norm)
     assert result.loss == pytest.approx(loss, rel=1e-6)
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -78,7 +80,7 @@ def test_the_scheduled_rate_is_the_one_applied():
     state = new_state(lr=1.0)
     before = state.model.norm.weight.detach().clone()
     batch = some_batch(False)
-    train_step(state, [batch], 48, lr=1e-3, clip_norm=None, precision="fp32", context=CONTEXT)
+    train_step(state, [batch], 48, lr=1e-3, clip_norm=None, precision=FP32, context=CONTEXT)
     moved = (state.model.norm.weight - before).abs().max().item()
     assert 0.9e-3 < moved < 1.1e-3
 
@@ -91,7 +93,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update_and_names_the_step(p
         state.model.head.weight[0, 0] = poison
     before = {n: w.clone() for n, w in state.model.state_dict().items()}
     with pytest.raises(TinylabError, match=r"must be finite; found .* in step 17.*weights are those of step 16"):
-        train_step(state, [some_batch(False)], 48, lr=1e-2, clip_norm=1.0, precision="fp32", context=CONTEXT)
+        train_step(state, [some_batch(False)], 48, lr=1e-2, clip_norm=1.0, precision=FP32, context=CONTEXT)
     for name, weight in state.model.state_dict().items():
         assert torch.equal(weight.nan_to_num(7), before[name].nan_to_num(7)), name
     assert not state.optimizer.state and state.step == 16

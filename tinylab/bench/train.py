@@ -23,7 +23,7 @@ from tinylab.dist.context import Context, open_context
 from tinylab.errors import ConfigError, TinylabError
 from tinylab.model.accounting import flops_per_token, parameter_counts
 from tinylab.model.names import to_huggingface
-from tinylab.model.precision import Precision, autocast, resolve_precision
+from tinylab.model.precision import PRECISIONS, Precision, resolve_precision
 from tinylab.training.step import train_step
 
 FP32_LIMIT = 1e-4
@@ -56,18 +56,18 @@ def bench_train(
     with open_context(config.parallel) as context:
         batches = _batches(config, context.device)
         difference = _logit_difference(config, batches[0], context)
-        default = resolve_precision(context.device, "auto")
-        other: Precision = "fp32" if default == "bf16" else "bf16"
+        fp32, bf16 = (PRECISIONS[name](context.device) for name in ("fp32", "bf16"))
+        default, other = (bf16, fp32) if resolve_precision(context.device, "auto") == bf16 else (fp32, bf16)
         contenders: dict[str, tuple[Precision, Callable[[], None]]] = {
             "tinylab": (default, _our_step(config, batches, default, context)),
-            "transformers": ("fp32", _peer_step(config, batches, "fp32", context)),
-            f"tinylab {other}": (other, _our_step(config, batches, other, context)),
-            "transformers bf16": ("bf16", _peer_step(config, batches, "bf16", context)),
+            "transformers": (fp32, _peer_step(config, batches, fp32, context)),
+            f"tinylab {other.name}": (other, _our_step(config, batches, other, context)),
+            "transformers bf16": (bf16, _peer_step(config, batches, bf16, context)),
         }
         batch_tokens = config.stages[0].batch_tokens
         speeds = _measure({k: f for k, (_, f) in contenders.items()}, windows, steps_per_window, batch_tokens, context)
         rows = {
-            name: {"precision": contenders[name][0], "median": statistics.median(v), "best": max(v), "windows": v}
+            name: {"precision": contenders[name][0].name, "median": statistics.median(v), "best": max(v), "windows": v}
             for name, v in speeds.items()
         }
         return {
@@ -91,16 +91,13 @@ def bench_train(
             "tokens_per_s": rows,
             "product_gflops": _product_ceiling(config.model, context.device),
             "max_logit_difference": difference,
-            **_ratios(rows, default),
+            **_ratios(rows, default.name, other.name),
         }
 
 
-def _ratios(rows: dict[str, dict[str, Any]], default: Precision) -> dict[str, float]:
+def _ratios(rows: dict[str, dict[str, Any]], default: str, other: str) -> dict[str, float]:
     """Ours over the peer's: as both run by default, and at equal precision."""
-    names = {
-        default: "tinylab",
-        ("fp32" if default == "bf16" else "bf16"): f"tinylab {'fp32' if default == 'bf16' else 'bf16'}",
-    }
+    names = {default: "tinylab", other: f"tinylab {other}"}
     peers = {"fp32": "transformers", "bf16": "transformers bf16"}
     result = {}
     for suffix, key in (("", "median"), ("_best", "best")):
@@ -177,7 +174,7 @@ def _peer_step(
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for batch in batches:
-            with autocast(context.device, precision):
+            with precision.step():
                 loss = model(input_ids=batch.inputs, labels=batch.targets, shift_labels=batch.targets).loss
             (loss / len(batches)).backward()
             total += loss.item()

@@ -20,6 +20,7 @@ from tinylab.errors import CheckpointError
 from tinylab.formats.identity import model_weight_hash
 from tinylab.formats.load import load_folder
 from tinylab.model.loss import Batch, loss_sum
+from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_optimizer
 
@@ -53,6 +54,7 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
     else:
         model = load_folder(checkpoint, context.device, torch.float32)
     model.train()
+    resolve_precision(context.device, config.parallel.precision).prepare(model)
     if context.world > 1:
         context.require_equal(model_weight_hash(model), "the weights")
     shard_model(model, config.parallel, context)

@@ -38,7 +38,7 @@ def layout_of(parallel: Parallel, context: Context) -> dict[str, Any]:
         "world_size": context.world,
         "threads": context.threads,
         "device": context.device.type,
-        "precision": resolve_precision(context.device, parallel.precision),
+        "precision": resolve_precision(context.device, parallel.precision).name,
     }
 
 

@@ -27,7 +27,7 @@ def choose_backend(config: RunConfig, run: Run, context: Context) -> dict[str, A
     """
     model, parallel, documents = config.model, config.parallel, config.data.document_mask
     device, asked = context.device, parallel.attention
-    dtype = torch.bfloat16 if resolve_precision(device, parallel.precision) == "bf16" else torch.float32
+    dtype = resolve_precision(device, parallel.precision).dtype
 
     def choose(wanted: Any) -> tuple[str, dict[str, float]]:
         return choose_attention(model, replace(parallel, attention=wanted), device, dtype, documents=documents)

@@ -14,7 +14,7 @@ from tinylab.dist.context import Context
 from tinylab.dist.parallel import average_gradients, exchange_with_last, whole_tensor
 from tinylab.errors import TinylabError
 from tinylab.model.loss import IGNORED
-from tinylab.model.precision import Precision, autocast
+from tinylab.model.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def train_step(
     nats = torch.zeros((), dtype=torch.float64, device=context.device)
     for i, batch in enumerate(micro_batches, start=1):
         exchange_with_last(state.model, i == len(micro_batches))
-        with autocast(context.device, precision):
+        with precision.step():
             loss = state.loss(state.model, to_device(batch, context.device))
         (loss * scale).backward()
         nats += loss.detach()

@@ -15,7 +15,7 @@ from tinylab.dist.context import Context
 from tinylab.dist.parallel import reshard
 from tinylab.errors import TinylabError
 from tinylab.model.loss import IGNORED, token_losses
-from tinylab.model.precision import Precision, autocast
+from tinylab.model.precision import Precision
 from tinylab.model.transformer import Llama
 from tinylab.training.step import to_device
 
@@ -32,7 +32,7 @@ class Validator:
 
     def __init__(self, config: RunConfig, shards: ShardSet, context: Context, precision: Precision) -> None:
         self._config, self._shards, self._context = config, shards, context
-        self._precision: Precision = precision
+        self._precision = precision
 
     def after(self, model: Llama, step: int) -> dict[str, float]:
         """`validation_loss` and `bits_per_byte` if the run measures after `step`, else nothing.
@@ -60,7 +60,7 @@ class Validator:
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in self._batches:
             batch = to_device(batch, device)
-            with autocast(device, self._precision):
+            with self._precision.step():
                 losses = token_losses(model, batch.inputs, batch.targets, batch.document_ids).double()
             counted = batch.targets != IGNORED
             sizes = torch.where(counted, self._token_bytes[batch.targets.clamp(min=0)], 0)
