@@ -33,7 +33,7 @@ def shards(tmp_path: Path) -> ShardSet:
     return open_shards(tmp_path / "data")
 
 
-def test_the_table_counts_every_split_and_source_also_an_empty_one(shards):
+def test_the_table_counts_every_split_and_source_including_an_empty_one(shards):
     table = corpus_counts.shard_table(shards, seq_len=4)
     assert table.values.tolist() == [
         ["train", "prose", 3, 9, 9, 1.0, 2],
@@ -44,7 +44,7 @@ def test_the_table_counts_every_split_and_source_also_an_empty_one(shards):
 
 
 @pytest.mark.parametrize(("most", "expected"), [(100, [4, 2, 3]), (9, [4, 2, 3]), (8, [4, 2]), (5, [4])])
-def test_lengths_are_of_whole_documents_within_the_tokens_looked_at(shards, monkeypatch, most, expected):
+def test_lengths_are_of_documents_complete_within_the_counted_tokens(shards, monkeypatch, most, expected):
     monkeypatch.setattr(corpus_counts, "MOST_TOKENS", most)
     lengths = corpus_counts.document_lengths(shards)
     assert lengths["prose"].tolist() == expected and lengths["code"].tolist() == [2]

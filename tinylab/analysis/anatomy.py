@@ -1,4 +1,4 @@
-"""What a model is made of and costs, as tables: computed from the configuration, and counted on the model itself."""
+"""Tables of a model's parts and costs, computed from its configuration and counted on the model itself."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
 
 def parameter_parts(model: Model) -> dict[str, int]:
-    """Parameters by part, without the sums."""
+    """Parameters of each part, without totals."""
     counts = parameter_counts(model)
     return {name: counts[name] for name in PARTS}
 
 
 def tensor_table(model: Model) -> pandas.DataFrame:
-    """Tensors of the embedding, one layer, final norm and head: our name, its name in checkpoints, shape, share."""
+    """Tensors of the embedding, one layer, final norm and head: our name, the checkpoint's name, shape and share."""
     import pandas
 
     from tinylab.model.names import name_map
@@ -51,10 +51,10 @@ def flops_table(models: Mapping[str, Model]) -> pandas.DataFrame:
 
 
 def measured_counts(model: Model) -> pandas.DataFrame:
-    """Parameters and training FLOPs, computed from the configuration beside those counted on the model.
+    """Parameters and training FLOPs, computed from the configuration and counted on the model.
 
-    Counted: parameters of the model on torch's meta device; FLOPs of one forward and backward pass of one sequence
-    there, by torch.utils.flop_counter, which like formula F does not halve attention for the causal mask.
+    Counted on torch's meta device: the parameters, and the FLOPs of a forward and backward pass of one sequence by
+    torch.utils.flop_counter, which like formula F does not halve attention for the causal mask.
     """
     import pandas
     import torch

@@ -1,4 +1,4 @@
-"""Counts of prepared data for figures: documents, their lengths, how often each id occurs."""
+"""Counts of prepared data for figures: documents, their lengths, and the frequency of each token id."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     import pandas
 
 MOST_TOKENS = 4_000_000
-"""Tokens of a source that are looked at; the beginning of the stream, which the seed has shuffled by document."""
+"""Tokens counted per source, from the beginning of the stream, where documents are in shuffled order."""
 
 
 def shard_table(shards: ShardSet, seq_len: int) -> pandas.DataFrame:
-    """One row per split and source: documents, tokens, bytes and their ratio, windows of `seq_len` tokens."""
+    """One row per split and source: documents, tokens, bytes, bytes per token, windows of `seq_len` tokens."""
     import pandas
 
     rows = []
@@ -43,7 +43,7 @@ def document_lengths(shards: ShardSet, split: str = "train") -> dict[str, np.nda
 
 
 def sample_table(samples: list[dict[str, Any]]) -> pandas.DataFrame:
-    """The samples of a step (data/trace.py), one row each, their documents as one text: origin and tokens of each."""
+    """One row per sample of a step (data/trace.py); its documents are one text, with the origin and tokens of each."""
     import pandas
 
     rows = []

@@ -1,4 +1,4 @@
-"""Steps whose loss stands out, and what was in their batches."""
+"""Steps whose loss is unusually high, with the hash of their batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def loss_spikes(run: Run, count: int = 5, window: int = 25) -> pandas.DataFrame:
-    """The `count` steps whose loss lies highest above the median of the `window` steps before them.
+    """The `count` steps whose loss is highest above the median of the `window` steps before them.
 
     Columns: `step, tokens, stage, loss, expected` (that median), `excess` (nats), `deviations` (excess over the
     typical deviation, 1.4826 median absolute deviations of the window), `grad_norm, data_hash`. The first `window`
-    steps are left out: there the loss falls faster than it scatters.
+    steps are left out, because the loss falls faster there than it scatters.
     """
     import pandas
 

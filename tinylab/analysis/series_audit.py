@@ -213,16 +213,10 @@ def _strays(found: list[Finding], order: list[int], labels: list[str]) -> list[P
 def _row(
     reference: Reference, label: str, p: Fingerprint | None, change: float | None, bend: float | None
 ) -> dict[str, Any]:
-    return {
-        "label": label,
-        "step": reference.step,
-        "tokens": reference.tokens,
-        "hash": p.hash if p else None,
-        "dtype": p.dtype if p else None,
-        "norm": p.norm if p else None,
-        "change": change,
-        "bend": bend,
-        "nan": p.nan if p else None,
-        "infinite": p.infinite if p else None,
-        "path": str(reference.path),
-    }
+    return (
+        {"label": label, "step": reference.step, "tokens": reference.tokens}
+        | {name: getattr(p, name, None) for name in ("hash", "dtype", "norm")}
+        | {"change": change, "bend": bend}
+        | {name: getattr(p, name, None) for name in ("nan", "infinite")}
+        | {"path": str(reference.path)}
+    )

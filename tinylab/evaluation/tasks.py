@@ -1,6 +1,6 @@
 """lm-eval's multiple-choice tasks over local files, in memory: no scan of all tasks, no cache, no network.
 
-Prompts, answers and metrics are those of lm-eval's built-in YAML files; only where the documents come from changes.
+Prompts, answers and metrics are those of lm-eval's built-in YAML files; only the source of the documents differs.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ BENCHMARK_FILES = {
 }
 """lm-eval's built-in file and the split that is scored."""
 GROUPS = {"probes": ("continuation", "code"), "benchmarks": tuple(BENCHMARK_FILES)}
-"""The probe `docstring` is in none: models of a few million parameters stay near chance on it."""
+"""The probe `docstring` is in no group, because models of a few million parameters stay near chance on it."""
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """One task ready to run, and what the store keeps about it."""
+    """A task that is ready to run, and what the store keeps about it."""
 
     name: str
     task: Any
     """lm-eval's ConfigurableTask."""
     version: str
     metric: str
-    """The accuracy that stands for the task in tables."""
+    """The accuracy used for the task in tables."""
     chance: float
     source: str
-    """Where the documents came from; a file's name, not its folder."""
+    """Where the documents came from; for a file its name without the folder."""
     baseline: float | None = None
-    """Accuracy on all items of a rule that needs no model: BoolQ's frequent answer, a probe's most words shared."""
+    """Accuracy of a rule without a model: BoolQ's most frequent answer; a probe's choice with most shared words."""
 
 
 def expand(names: str | Sequence[str]) -> list[str]:
-    """Task names with the groups `probes` and `benchmarks` written out, each once.
+    """Task names, each once, with the groups `probes` and `benchmarks` replaced by their members.
 
-    Raises ConfigError for an unknown name, with the nearest.
+    Raises ConfigError for an unknown name, with the nearest known one.
     """
     known = [*GROUPS, *PROBES, *BENCHMARK_FILES]
     result: list[str] = []
@@ -66,9 +66,9 @@ def expand(names: str | Sequence[str]) -> list[str]:
 
 
 def benchmark(name: str, data_dir: str | Path | None) -> EvaluationTask:
-    """One of the seven benchmarks: from `data_dir/<name>.jsonl` where given, else from the Hub through lm-eval.
+    """One of the seven benchmarks: from `data_dir/<name>.jsonl` if given, else from the Hub through lm-eval.
 
-    Raises EvaluationError naming the file or line that does not fit.
+    Raises EvaluationError with the file or line that cannot be used.
     """
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -92,7 +92,7 @@ def probe(name: str, items: list[dict[str, Any]], source: str) -> EvaluationTask
 
 
 def _in_memory(config: dict[str, Any], documents: list[dict[str, Any]], split: str) -> dict[str, Any]:
-    """The configuration reading `documents` as its only split."""
+    """The configuration with `documents` as its only split."""
     import datasets
 
     data = {split: datasets.Dataset.from_list(documents)}
@@ -111,7 +111,7 @@ def _build(
             task = ConfigurableTask(config=config)
         except (OSError, ConnectionError) as error:
             raise EvaluationError(
-                f"the documents of {name} must be reachable; {source} is not: {error}. Give local files: --data-dir"
+                f"the documents of {name} must be reachable; {source} is not: {error}. Use local files: --data-dir"
             ) from error
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise EvaluationError(
@@ -143,7 +143,7 @@ def _read_documents(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """lm-eval's own log lines and progress off inside (ours say what matters), and back as they were after."""
+    """Switches lm-eval's log lines and progress bars off, and restores them afterwards."""
     import lm_eval.api.task as building
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
