@@ -57,7 +57,9 @@ def demo(run: str | Path = "demo", tokens: int | None = None, again: bool = Fals
     part("scores", lambda: _evaluate(folder))
     part("notebooks", lambda: _execute(folder, again))
     part("report", lambda: _report(folder))
-    return {"run": str(folder.path), "parts": parts, "results": _results(folder), "look": _look(folder)}
+    places = {"report": "report.html", "notebooks": "notebooks", "checkpoints": "checkpoints"}
+    look = {name: str(folder.path / place) for name, place in places.items()}
+    return {"run": str(folder.path), "parts": parts, "results": _results(folder), "look": look}
 
 
 def _say(line: str) -> None:
@@ -130,8 +132,8 @@ def _parameters(run: Run) -> dict[str, Any]:
 def _state_key(run: Run, notebook: Path, values: dict[str, Any]) -> str:
     """Hash of everything that an executed notebook depends on: source, parameters, steps and scores of the run."""
     scores = sorted(p.name for p in run.evaluations_path.rglob("*.jsonl"))
-    tail = [run.metric_records()[-1], [p.name for p in run.checkpoints()], scores, values]
-    return hashlib.sha256(notebook.read_bytes() + json.dumps(tail, sort_keys=True).encode()).hexdigest()
+    rest = [run.metric_records()[-1], [p.name for p in run.checkpoints()], scores, values]
+    return hashlib.sha256(notebook.read_bytes() + json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _report(run: Run) -> str:
@@ -154,11 +156,3 @@ def _results(run: Run) -> dict[str, Any]:
         keep = ("step", "metric", "value", "low", "high", "n", "chance", "baseline")
         probes[task] = {"first": {k: of_task[0][k] for k in keep}, "last": {k: of_task[-1][k] for k in keep}}
     return {"validation_loss": {"first": losses[0], "last": losses[-1]}, "probes": probes}
-
-
-def _look(run: Run) -> dict[str, str]:
-    return {
-        "report": str(run.path / "report.html"),
-        "notebooks": str(run.path / "notebooks"),
-        "checkpoints": str(run.checkpoints_path),
-    }

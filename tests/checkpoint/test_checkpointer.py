@@ -22,6 +22,7 @@ from tinylab.config.schema import Data, RunConfig, Saving, Source
 from tinylab.config.stages import Schedule, Stage
 from tinylab.dist.context import Context
 from tinylab.errors import CheckpointError
+from tinylab.runs import metrics
 from tinylab.runs.folder import Run
 
 CONFIG = RunConfig(
@@ -144,7 +145,7 @@ def test_the_lines_of_the_covered_steps_reach_the_device_before_the_commit(
 ):
     events: list[str] = []
     commit = module.commit_checkpoint
-    monkeypatch.setattr(module, "fsync_path", lambda path: events.append(path.name))
+    monkeypatch.setattr(metrics, "fsync_path", lambda path: events.append(path.name))
     monkeypatch.setattr(module, "commit_checkpoint", lambda *a: (events.append("commit"), commit(*a))[1])
     run.metrics_path.write_text('{"step": 1}\n')
     state = checkpointer.resume()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylab.checkpoint.state import TrainState, build_state
+from tinylab.checkpoint.state import build_state
 from tinylab.config.architecture import Model
 from tinylab.config.presets import preset as find_preset
 from tinylab.config.schema import RunConfig
@@ -22,8 +22,11 @@ from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context, open_context
 from tinylab.errors import ConfigError, TinylabError
 from tinylab.model.accounting import flops_per_token, parameter_counts
+from tinylab.model.attention import BACKENDS
+from tinylab.model.attention_choice import choose_attention
 from tinylab.model.names import to_huggingface
 from tinylab.model.precision import PRECISIONS, Precision, resolve_precision
+from tinylab.runs.provenance import processor
 from tinylab.training.step import train_step
 
 FP32_LIMIT = 1e-4
@@ -58,7 +61,7 @@ def bench_train(
         difference = _logit_difference(config, batches[0], context)
         fp32, bf16 = (PRECISIONS[name](context.device) for name in ("fp32", "bf16"))
         default, other = (bf16, fp32) if resolve_precision(context.device, "auto") == bf16 else (fp32, bf16)
-        contenders: dict[str, tuple[Precision, Callable[[], None]]] = {
+        contenders: dict[str, tuple[Precision, Callable[[], object]]] = {
             "tinylab": (default, _our_step(config, batches, default, context)),
             "transformers": (fp32, _peer_step(config, batches, fp32, context)),
             f"tinylab {other.name}": (other, _our_step(config, batches, other, context)),
@@ -81,7 +84,7 @@ def bench_train(
             "batch_tokens": batch_tokens,
             "micro_batch": batches[0].inputs.shape[0],
             "clip_norm": config.optimizer.clip_norm,
-            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else _cpu(),
+            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else processor(),
             "threads": torch.get_num_threads(),
             "load_average": os.getloadavg()[0],
             "torch": torch.__version__,
@@ -98,13 +101,11 @@ def bench_train(
 def _ratios(rows: dict[str, dict[str, Any]], default: str, other: str) -> dict[str, float]:
     """Ours over the peer's: as both run by default, and at equal precision."""
     names = {default: "tinylab", other: f"tinylab {other}"}
-    peers = {"fp32": "transformers", "bf16": "transformers bf16"}
-    result = {}
-    for suffix, key in (("", "median"), ("_best", "best")):
-        result["ratio" + suffix] = rows["tinylab"][key] / rows["transformers"][key]
-        for precision, peer in peers.items():
-            result[f"ratio_{precision}{suffix}"] = rows[names[precision]][key] / rows[peer][key]
-    return {k: round(v, 3) for k, v in result.items()}
+    pairs = {"ratio": ("tinylab", "transformers")}
+    for precision, peer in (("fp32", "transformers"), ("bf16", "transformers bf16")):
+        pairs[f"ratio_{precision}"] = (names[precision], peer)
+    kinds = (("", "median"), ("_best", "best"))
+    return {k + s: round(rows[a][key] / rows[b][key], 3) for s, key in kinds for k, (a, b) in pairs.items()}
 
 
 def _batches(config: RunConfig, device: torch.device) -> list[MicroBatch]:
@@ -117,29 +118,17 @@ def _batches(config: RunConfig, device: torch.device) -> list[MicroBatch]:
     return [MicroBatch(r[:, :-1].contiguous(), r[:, 1:].contiguous(), None) for r in rows]
 
 
-def _our_state(config: RunConfig, context: Context) -> TrainState:
-    return build_state(config, context, None)
-
-
 def _our_step(
     config: RunConfig, batches: list[MicroBatch], precision: Precision, context: Context
-) -> Callable[[], None]:
-    """One step of the trainer itself."""
-    state = _our_state(config, context)
-    targets = sum(b.targets.numel() for b in batches)
-
-    def step() -> None:
-        train_step(
-            state,
-            batches,
-            targets,
-            lr=config.optimizer.lr,
-            clip_norm=config.optimizer.clip_norm,
-            precision=precision,
-            context=context,
-        )
-
-    return step
+) -> Callable[[], object]:
+    """One step of the trainer itself, with the attention backend that it would choose."""
+    state = build_state(config, context, None)
+    state.model.attention = BACKENDS[
+        choose_attention(config.model, config.parallel, context.device, precision.dtype)[0]
+    ]
+    targets, settings = sum(b.targets.numel() for b in batches), config.optimizer
+    rate = {"lr": settings.lr, "clip_norm": settings.clip_norm}
+    return partial(train_step, state, batches, targets, **rate, precision=precision, context=context)
 
 
 def _peer(config: Model, state: dict[str, Tensor], device: torch.device) -> Any:
@@ -159,7 +148,7 @@ def _peer_step(
     config: RunConfig, batches: list[MicroBatch], precision: Precision, context: Context
 ) -> Callable[[], None]:
     """The same step as one would write it with transformers: sums over micro-batches, clipping, fused AdamW."""
-    model = _peer(config.model, _our_state(config, context).model.state_dict(), context.device)
+    model = _peer(config.model, build_state(config, context, None).model.state_dict(), context.device)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -188,7 +177,7 @@ def _peer_step(
 @torch.no_grad()
 def _logit_difference(config: RunConfig, batch: MicroBatch, context: Context) -> float:
     """Largest absolute difference of logits in fp32. Raises TinylabError when the models are not the same."""
-    ours = _our_state(config, context).model
+    ours = build_state(config, context, None).model
     peer = _peer(config.model, ours.state_dict(), context.device)
     ids = batch.inputs[:2]
     difference = (ours(ids) - peer(input_ids=ids).logits).abs().max().item()
@@ -201,7 +190,7 @@ def _logit_difference(config: RunConfig, batch: MicroBatch, context: Context) ->
 
 
 def _measure(
-    steps: dict[str, Callable[[], None]], windows: int, steps_per_window: int, batch_tokens: int, context: Context
+    steps: dict[str, Callable[[], object]], windows: int, steps_per_window: int, batch_tokens: int, context: Context
 ) -> dict[str, list[float]]:
     """Tokens/s of every contender in every window, taken in turn."""
     for step in steps.values():
@@ -239,13 +228,3 @@ def _product_ceiling(config: Model, device: torch.device) -> dict[str, float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _cpu() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
-    except OSError:
-        name = ""
-    return name or platform.processor() or platform.machine()

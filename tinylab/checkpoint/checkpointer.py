@@ -20,8 +20,9 @@ from tinylab.config.schema import RunConfig
 from tinylab.data.shards.reader import ShardSet
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import layout_of
-from tinylab.runs.durable import failpoint, fsync_path
+from tinylab.runs.durable import failpoint
 from tinylab.runs.folder import Run, step_of
+from tinylab.runs.metrics import MetricsLog
 
 
 class Checkpointer:
@@ -79,8 +80,7 @@ class Checkpointer:
             self._committed.append(saving.result())
 
     def _commit(self, snapshot: Snapshot) -> Path:
-        if self._run.metrics_path.exists():
-            fsync_path(self._run.metrics_path)  # the lines of the steps that the checkpoint covers
+        MetricsLog(self._run.metrics_path).sync()  # the lines of the steps that the checkpoint covers
         failpoint("save.metrics_synced")
         folder = commit_checkpoint(self._run, snapshot, self._config.model, self._shards)
         prune(self._run, self._config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from tinylab.config.architecture import Model, require_positive
@@ -230,11 +231,8 @@ class RunConfig:
 
     def stage_bounds(self) -> tuple[tuple[int, int], ...]:
         """(first step, last step) of each stage; steps count from 1."""
-        bounds, first = [], 1
-        for stage in self.stages:
-            bounds.append((first, first + stage.steps - 1))
-            first += stage.steps
-        return tuple(bounds)
+        ends = accumulate(s.steps for s in self.stages)
+        return tuple((end - s.steps + 1, end) for s, end in zip(self.stages, ends, strict=True))
 
     def stage_index(self, step: int) -> int:
         """Index of the stage that step `step` (from 1) belongs to. Raises ConfigError outside the run."""
@@ -245,10 +243,8 @@ class RunConfig:
 
     def tokens_at(self, step: int) -> int:
         """Tokens consumed after step `step`; 0 for step 0."""
-        tokens = 0
-        for stage, (first, last) in zip(self.stages, self.stage_bounds(), strict=True):
-            tokens += max(0, min(step, last) - first + 1) * stage.batch_tokens
-        return tokens
+        bounds = zip(self.stages, self.stage_bounds(), strict=True)
+        return sum(max(0, min(step, last) - first + 1) * s.batch_tokens for s, (first, last) in bounds)
 
     def mixture(self, index: int) -> dict[str, float]:
         """Shares of every source in stage `index` after its ramp, summing to 1; equal shares if none are given."""

@@ -35,7 +35,7 @@ def provenance() -> dict[str, Any]:
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": len(os.sched_getaffinity(0)),
         },
         "command": redact(sys.argv),
@@ -59,10 +59,10 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
-def _processor() -> str:
-    """The processor's name as the kernel gives it."""
+def processor() -> str:
+    """The processor's name as the kernel reports it, else its kind."""
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
         found = None
-    return found[1] if found else platform.processor()
+    return found[1] if found else platform.processor() or platform.machine()
