@@ -6,7 +6,6 @@ fallback, an optional program that is not there).
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 from tinylab.errors import TinylabError
 from tinylab.runs.folder import home
+from tinylab.runs.provenance import installed_version
 
 FLOORS = {
     "torch": ("2.11", "sharded safetensors checkpoints, and CVE-2026-24747 below 2.10"),
@@ -79,7 +79,7 @@ def _python() -> Finding:
 
 def _versions() -> Iterator[Finding]:
     for name, (floor, why) in FLOORS.items():
-        version = _installed(name)
+        version = installed_version(name)
         remedy = f"pip install '{name}>={floor}' (make setup does)"
         if version is None:
             yield Finding(name, "problem", f"not installed; at least {floor} is needed", remedy)
@@ -87,7 +87,7 @@ def _versions() -> Iterator[Finding]:
             yield Finding(name, "problem", f"{version}; must be at least {floor} ({why})", remedy)
         else:
             yield Finding(name, "ok", f"{version} (at least {floor})")
-    known = {name: _installed(name) for name in SHOWN}
+    known = {name: installed_version(name) for name in SHOWN}
     missing = [name for name, version in known.items() if version is None]
     text = ", ".join(f"{name} {version}" for name, version in known.items() if version)
     if missing:
@@ -95,13 +95,6 @@ def _versions() -> Iterator[Finding]:
         yield Finding("packages", "problem", f"missing: {', '.join(missing)}; found {text or 'none'}", remedy)
     else:
         yield Finding("packages", "ok", text)
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _release(version: str) -> tuple[int, ...]:

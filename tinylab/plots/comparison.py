@@ -37,8 +37,7 @@ def score_differences(table: Table, a: str = "A", b: str = "B") -> LabFigure:
         words = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
         write_behind(ax, y, f"{d:+.1f} points, {words}, n = {int(row['n'])}", INK)
         span = max(span, abs(low), abs(high))
-    ax.set_xlim(-span * 1.08, span * 1.08)
-    ax.set_ylim(-0.6, len(table) - 0.4)
+    ax.set(xlim=(-span * 1.08, span * 1.08), ylim=(-0.6, len(table) - 0.4))
     ax.set_xlabel(f"difference (percentage points); right of 0: {b} is better", parse_math=False)
     return _tasks(figure, ax, table)
 
@@ -65,8 +64,7 @@ def flips(table: Table, a: str = "A", b: str = "B") -> LabFigure:
         write_behind(ax, y, f"{int(row['both_right'])} right in both, {int(row['both_wrong'])} wrong in both")
     ax.set_xlim(-span * 1.22, span * 1.22)
     ax.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    ax.set_ylim(-0.7, len(table) - 0.3)
-    ax.set_xlabel("items:  ← right before, wrong now        wrong before, right now →")
+    ax.set(ylim=(-0.7, len(table) - 0.3), xlabel="items:  ← right before, wrong now        wrong before, right now →")
     return _tasks(figure, ax, table)
 
 
@@ -110,9 +108,7 @@ def token_delta(table: Table, a: str = "A", b: str = "B") -> LabFigure:
             ax.annotate(visible_token(texts[i]), (x[i], delta[i]), xytext=(0, 3 if delta[i] > 0 else -3), ha="center",
                         textcoords="offset points", va="bottom" if delta[i] > 0 else "top", fontsize=8, color=INK,
                         parse_math=False)  # fmt: skip
-    ax.set_xlim(x[0] - 1, x[-1] + 1)
-    ax.set_xlabel("position in the text (tokens)")
-    ax.set_ylabel("loss B − loss A (nats)")
+    ax.set(xlim=(x[0] - 1, x[-1] + 1), xlabel="position in the text (tokens)", ylabel="loss B − loss A (nats)")
     return figure
 
 
@@ -136,8 +132,7 @@ def position_loss(table: Table, a: str = "A", b: str = "B") -> LabFigure:
         ends.append((mean[-1], f"{name}, mean {values.mean():.2f}", color))
     ax.set_ylim(bottom=0)
     ax.margins(x=0.02)
-    ax.set_xlabel("position in the text (tokens)")
-    ax.set_ylabel("loss (nats per token)")
+    ax.set(xlabel="position in the text (tokens)", ylabel="loss (nats per token)")
     label_ends(ax, ends)
     return figure
 

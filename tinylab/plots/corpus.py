@@ -34,9 +34,7 @@ def mixture_of(run: Any) -> LabFigure:
         caption="Share of samples by source, as the configuration prescribes it; ramps are linear.",
     )
     ax.stackplot(x, 100 * np.array(list(shares.values())), colors=AREAS[: len(shares)], alpha=0.85, linewidth=0)
-    ax.set_ylim(0, 100)
-    ax.set_xlim(0, x[-1])
-    ax.set_ylabel("share of samples (%)")
+    ax.set(ylim=(0, 100), xlim=(0, x[-1]), ylabel="share of samples (%)")
     token_axis(ax)
     mark_stages(ax, config)
     bottom, ends = 0.0, []
@@ -84,9 +82,7 @@ def document_lengths(lengths: Mapping[str, Sequence[int]]) -> LabFigure:
                 color=color, transform=ax.transAxes, ha="right", va="top", fontsize=9, parse_math=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
         top = max(top, float(shares.max()))
-    ax.set_xscale("log")
-    ax.set_ylim(0, top * (1.15 + 0.12 * len(known)))
-    ax.set_xlabel("tokens per document (log scale)")
+    ax.set(xscale="log", ylim=(0, top * (1.15 + 0.12 * len(known))), xlabel="tokens per document (log scale)")
     ax.set_ylabel("share of documents (%)")
     return figure
 
@@ -113,14 +109,11 @@ def token_frequencies(counts: Mapping[str, Sequence[int]]) -> LabFigure:
     if not ends:
         return empty(figure, "no tokens")
     limits = ax.get_ylim()
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set(xscale="log", yscale="log")
     low, high = ax.get_ylim()
     x = ax.get_xlim()
     ax.plot(x, [high / 3 / rank for rank in x], color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-    ax.set_xlim(x)
-    ax.set_ylim(low, min(high, 10 * limits[1]))
-    ax.set_xlabel("rank of the id (log scale)")
+    ax.set(xlim=x, ylim=(low, min(high, 10 * limits[1])), xlabel="rank of the id (log scale)")
     ax.set_ylabel("share of tokens (log scale)")
     label_ends(ax, ends)
     return figure

@@ -31,9 +31,7 @@ def shares(parts: Mapping[str, Mapping[str, int]], title: str, unit: str = "para
     for row, total in enumerate(totals):
         text = format_bytes(total) if unit == "bytes" else f"{format_count(total)} {unit}"
         write_behind(ax, row, text, fontsize=9)
-    ax.set_xlim(0, 100)
-    ax.set_ylim(len(parts) - 0.5, -0.5)
-    ax.set_xlabel("share (%)")
+    ax.set(xlim=(0, 100), ylim=(len(parts) - 0.5, -0.5), xlabel="share (%)")
     ax.grid(False, axis="y")
     ax.legend(ncols=len(names), loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False, fontsize=8.5,
               handlelength=1.2, columnspacing=1.0, handletextpad=0.5)  # fmt: skip
@@ -74,7 +72,5 @@ def series_audit(audit: Any) -> LabFigure:
         if label in suspects:
             line.plot(i, change[i - 1], color=COLORS[1], marker="s", markersize=8, linestyle="none")
     line.set_xticks(range(1, len(labels)), labels[1:], rotation=90, fontsize=7, parse_math=False)
-    line.set_ylim(0, None)
-    line.set_ylabel("distance from the checkpoint before")
-    line.set_xlabel("checkpoint, in the order of steps")
+    line.set(ylim=(0, None), ylabel="distance from the checkpoint before", xlabel="checkpoint, in the order of steps")
     return figure

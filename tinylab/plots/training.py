@@ -192,10 +192,8 @@ def throughput(runs: Sequence[Any]) -> LabFigure:
         top = max(top, float(np.nanpercentile(rates, 98)))
     if not ends:
         return empty(figure, "fewer than two steps")
-    speed.set_ylim(0, top * 1.2)
-    speed.set_ylabel("tokens/s, all ranks")
-    memory.set_ylim(0, 1.08 * memory.dataLim.y1)
-    memory.set_ylabel("peak memory (GiB)")
+    speed.set(ylim=(0, top * 1.2), ylabel="tokens/s, all ranks")
+    memory.set(ylim=(0, 1.08 * memory.dataLim.y1), ylabel="peak memory (GiB)")
     for ax in (speed, memory):
         ax.margins(x=0.02)
         token_axis(ax)
@@ -228,8 +226,7 @@ def _finished(
         return empty(figure, missing)
     ax = figure.axes[0]
     ax.margins(x=0.01)
-    ax.set_ylabel(label)
-    ax.set_xlabel(_X_LABELS[x])
+    ax.set(ylabel=label, xlabel=_X_LABELS[x])
     label_ends(ax, ends)
     if x == "tokens":
         token_axis(ax)

@@ -28,6 +28,17 @@ def failpoint(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def process_exists(pid: int) -> bool:
+    """Whether a process of this host has the number `pid`; it may be another user's, or a later one's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or folder to the device, whoever wrote it."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 from tinylab.config.io import load_run, run_to_toml
 from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
-from tinylab.runs.durable import append_line, disk_error, failpoint, read_lines, repair_tail, write_atomic
+from tinylab.runs.durable import (
+    append_line,
+    disk_error,
+    failpoint,
+    process_exists,
+    read_lines,
+    repair_tail,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -190,13 +198,8 @@ class Run:
 
     @staticmethod
     def _is_alive(status: dict[str, Any]) -> bool:
-        if status.get("host") == socket.gethostname():
-            try:
-                os.kill(int(status["pid"]), 0)
-            except ProcessLookupError:
-                return False
-            except PermissionError:
-                pass  # another user's process: this run's, or one that got its number later
+        if status.get("host") == socket.gethostname() and not process_exists(int(status["pid"])):
+            return False
         return time.time() - float(status["heartbeat"]) < STALE_HEARTBEAT_S
 
     def write_journal(self, event: str, **more: Any) -> None:

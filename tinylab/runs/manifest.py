@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tinylab.errors import CheckpointError
-from tinylab.runs.durable import disk_error, failpoint, fsync_path, write_atomic
+from tinylab.runs.durable import disk_error, failpoint, fsync_path, process_exists, write_atomic
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
@@ -65,23 +65,14 @@ def leftovers(parent: Path, name: str | None = None) -> list[Path]:
     target = ".+" if name is None else re.escape(name)
     pattern = rf"{re.escape(TEMPORARY_PREFIX)}{target}\.{re.escape(socket.gethostname())}\.(\d+)\.[0-9a-f]{{8}}"
     found = [(p, re.fullmatch(pattern, p.name)) for p in parent.glob(f"{TEMPORARY_PREFIX}*")]
-    return sorted(path for path, match in found if match and not _is_another_process(int(match[1])))
-
-
-def _is_another_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+    owners = [(path, int(match[1])) for path, match in found if match]
+    return sorted(path for path, pid in owners if pid == os.getpid() or not process_exists(pid))
 
 
 def commit_folder(temporary: Path, target: Path, extra: dict[str, Any] | None = None) -> None:
     """Fsync every file, write the manifest last, and rename `temporary` to `target`, which must not exist.
 
-    `extra` keys stand in the manifest beside `files`.
+    The manifest holds the keys of `extra` beside `files`.
     """
     if target.exists():
         raise CheckpointError(f"{target} must not exist before it is committed; move it aside and repeat the command")

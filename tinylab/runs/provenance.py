@@ -21,17 +21,11 @@ def provenance() -> dict[str, Any]:
     """What `provenance.json` holds: time (Unix s), git commit of the package (None outside a checkout), Python and
     package versions, machine, command line with secrets replaced by `***`.
     """
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "time": time.time(),
         "git": git_state(Path(__file__).resolve().parents[2]),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -40,6 +34,14 @@ def provenance() -> dict[str, Any]:
         },
         "command": redact(sys.argv),
     }
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from tinylab.widgets.show import Html, bundle
 _WIDE = {"description_width": "13em"}
 _LINE = {"width": "34em"}
 _AREA = {"width": "50em", "height": "5em"}
+_LATE: dict[str, Any] = {"continuous_update": False}
 _ONE_LINE = {ord("\n"): r"\n", ord("\\"): r"\\"}
 """How a prompt is written in one line of the form."""
 
@@ -50,15 +51,12 @@ class CompareCheckpoints:
         choices = _choices(a, b)
         self.a = _control(ipywidgets.Dropdown, "A (earlier)", a, options=choices)
         self.b = _control(ipywidgets.Dropdown, "B (later)", b, options=choices)
-        self.text = _control(ipywidgets.Textarea, "Text to score", text, layout=_AREA, continuous_update=False)
+        self.text = _control(ipywidgets.Textarea, "Text to score", text, layout=_AREA, **_LATE)
         lines = "\n".join(prompt.translate(_ONE_LINE) for prompt in prompts)
-        self.prompts = _control(
-            ipywidgets.Textarea, "Prompts, one per line", lines, layout=_AREA, continuous_update=False
-        )
-        self.length = _control(ipywidgets.IntSlider, "Continue (tokens)", 40, min=1, max=200, continuous_update=False)
-        self.temperature = _control(
-            ipywidgets.FloatSlider, "Temperature (0: greedy)", 0, min=0, max=2, step=0.1, continuous_update=False
-        )
+        self.prompts = _control(ipywidgets.Textarea, "Prompts, one per line", lines, layout=_AREA, **_LATE)
+        self.length = _control(ipywidgets.IntSlider, "Continue (tokens)", 40, min=1, max=200, **_LATE)
+        heat: dict[str, Any] = {"min": 0, "max": 2, "step": 0.1, **_LATE}
+        self.temperature = _control(ipywidgets.FloatSlider, "Temperature (0: greedy)", 0, **heat)
         self.seed = _control(ipywidgets.BoundedIntText, "Seed", 0, min=0, max=2**31 - 1)
         self.button = ipywidgets.Button(description="Compare", button_style="primary", tooltip="Compare A and B")
         self.state = ipywidgets.Label(value="ready: press Compare")
