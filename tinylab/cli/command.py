@@ -124,7 +124,8 @@ def _dispatch(arguments: list[str], as_json: bool) -> Answer:
     if verb in ("--version", "-V"):
         return Answer({"version": tinylab.__version__}, tinylab.__version__)
     if verb not in VERBS:
-        print(f"tinylab: {_unknown_verb(verb)}", file=sys.stderr)
+        hint = did_you_mean(verb, VERBS, "see tinylab --help")
+        print(f"tinylab: the verb must be one of {', '.join(VERBS)}; found {verb!r}; {hint}", file=sys.stderr)
         return Answer(None, "", EXIT_USAGE)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars, those of libraries too, are for terminals
@@ -182,11 +183,6 @@ def usage() -> str:
         "(tinyllama-1.1b@1T; list: tinylab checkpoints --published), a Hub id, a lit-gpt .pth.\n"
         "First steps: tinylab demo, then: tinylab train mine --preset tiny --tokens 2M"
     )
-
-
-def _unknown_verb(verb: str) -> str:
-    hint = did_you_mean(verb, VERBS)
-    return f"the verb must be one of {', '.join(VERBS)}; found {verb!r}. {hint} See tinylab --help".replace("  ", " ")
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:
