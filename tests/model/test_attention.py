@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tinylab.model.attention import BACKENDS, TORCH, dense_mask, document_lengths
+from tinylab.model.attention import BACKENDS, TORCH, _causal_blocks, _flex_function, dense_mask, document_lengths
 from tinylab.model.attention_choice import why_not
 from tinylab.model.precision import resolve_precision
 
@@ -95,6 +95,32 @@ def test_flex_attention_is_the_formula_where_no_gradient_is_asked_for():
     assert (causal - by_formula(q, k, v, allowed)).abs().max() < 2e-6
     assert (cached - by_formula(q, k, v, allowed)[:, :, -3:]).abs().max() < 2e-6
     assert (apart - by_formula(q, k, v, dense_mask(documents))).abs().max() < 2e-6
+
+
+def test_flex_attention_builds_a_causal_mask_once_for_all_layers_fit_for_a_backward_pass():
+    _causal_blocks.cache_clear()
+    with torch.inference_mode():
+        blocks = _causal_blocks(3, 9, torch.device("cpu"))
+    assert _causal_blocks(3, 9, torch.device("cpu")) is blocks
+    assert not blocks.kv_indices.is_inference()
+    assert _flex_function(True) is _flex_function(True)
+
+
+def test_the_efficient_kernel_gets_as_many_key_heads_as_query_heads(monkeypatch):
+    """It refuses grouped heads."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+    seen = []
+
+    def math(q, k, v, **options):
+        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+            return plain(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", math)
+    q, k, v = heads(9, 9, n_kv_head=2)
+    found = BACKENDS["efficient"].attend(q, k, v, documents=None)
+    assert seen == [(q.shape[1], q.shape[1], False)]
+    assert (found - by_formula(q, k, v, torch.ones(9, 9, dtype=torch.bool).tril())).abs().max() < 2e-6
 
 
 def test_flash_is_torchs_own_choice_on_a_cpu_bit_for_bit():

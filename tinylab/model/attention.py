@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -51,9 +52,16 @@ def _sdpa(kernel: SDPBackend | None) -> Callable[..., Tensor]:
     """torch's scaled_dot_product_attention by one of its kernels, or by the one that torch chooses."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-        queries, keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+        queries, keys = q.shape[2], k.shape[2]
+        if kernel is SDPBackend.EFFICIENT_ATTENTION:  # it refuses grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = q.shape[1] != k.shape[1]
         mask = documents
-        if mask is None and 1 < queries < keys:
+        if mask is None and 1 < queries < keys and kernel is SDPBackend.FLASH_ATTENTION and q.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler
+
+            mask = causal_lower_right(queries, keys)  # it takes no dense mask
+        elif mask is None and 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         causal = mask is None and queries > 1
         if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
@@ -104,22 +112,28 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tens
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
     """torch's FlexAttention over blocks of keys that a query may see; compiled on CUDA, its only fast form."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     blocks = _causal_blocks(q.shape[2], k.shape[2], q.device) if documents is None else documents
-    run = torch.compile(flex_attention) if q.is_cuda else flex_attention
     q, k = q.to(v.dtype), k.to(v.dtype)
-    out = run(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    out = _flex_function(q.is_cuda)(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
     return out[0] if isinstance(out, tuple) else out
 
 
+@cache
+def _flex_function(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+@lru_cache(maxsize=8)
 def _causal_blocks(queries: int, keys: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i + (keys - queries)
 
-    return create_block_mask(visible, None, None, queries, keys, device=str(device))
+    with torch.inference_mode(False):  # generation may ask first, and a backward pass takes no inference tensor
+        return create_block_mask(visible, None, None, queries, keys, device=str(device))
 
 
 def _document_blocks(documents: Tensor) -> Any:
