@@ -103,7 +103,16 @@ def test_flex_attention_builds_a_causal_mask_once_for_all_layers_fit_for_a_backw
         blocks = _causal_blocks(3, 9, torch.device("cpu"))
     assert _causal_blocks(3, 9, torch.device("cpu")) is blocks
     assert not blocks.kv_indices.is_inference()
-    assert _flex_function(False) is _flex_function(False)
+
+
+def test_flex_attention_is_wrapped_for_compilation_once(monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(torch, "compile", wrapped.append)
+    _flex_function.cache_clear()
+    _flex_function(True)
+    _flex_function(True)
+    _flex_function.cache_clear()
+    assert len(wrapped) == 1
 
 
 def test_the_efficient_kernel_gets_as_many_key_heads_as_query_heads(monkeypatch):
