@@ -133,5 +133,5 @@ def test_quantized_and_absurd_headers_are_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="found 0 bytes"):
         load_folder(path)
     torch.save({"a": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"found an archive of torch.*named by their folder"):
+    with pytest.raises(CheckpointError, match=r"found a torch archive.*Name a Hugging Face model by its folder"):
         load_folder(path)

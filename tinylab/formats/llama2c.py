@@ -1,7 +1,7 @@
-"""llama2.c's `.bin` files, versions 0 and 1: fp32 weights, one kind after the other over all layers.
+"""llama2.c's `.bin` files, versions 0 and 1: weights in fp32, grouped by kind, each kind for all layers in turn.
 
-Rotary positions turn neighbouring pairs there and the two halves of a head here, so the rows of q and k are
-permuted. RMSNorm's epsilon (1e-5) and the rotary base (10,000) are constants of the format, not in the file.
+llama2.c rotates neighbouring pairs of a head's values and tinylab its two halves, so the rows of q and k are permuted.
+RMSNorm's epsilon (1e-5) and the rotary base (10,000) are constants of the format and not stored.
 Source: karpathy/llama2.c:export.py, run.c.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,13 +41,13 @@ _ORDER = {
     0: ("embed", "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3", "norm", "rope", "output"),
     1: ("attention_norm", "ffn_norm", "norm", "embed", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"),
 }
-"""Order of the kinds in the file; version 0 also stores the rotary cosines and sines."""
+"""The order of the kinds in a file, by version. Version 0 stores the rotary cosines and sines too."""
 
 
 def open_checkpoint(path: str | Path) -> Weights:
     """A llama2.c `.bin` under Hugging Face's names, opened but not read.
 
-    Raises CheckpointError when the size is not exactly what the header says, or the version is quantized (2).
+    Raises CheckpointError for a file of another size than its header says, and for the quantized version 2.
     """
     path = Path(path)
     try:
@@ -66,11 +67,11 @@ def open_checkpoint(path: str | Path) -> Weights:
 
 
 def _parse(path: Path, header: bytes, size: int) -> tuple[int, int, Model]:
-    """Version, offset of the first weight, and configuration."""
+    """The version, the offset of the first weight in bytes, and the configuration."""
     if header[:4] == b"PK\x03\x04":
         raise CheckpointError(
-            f"{path} must be a llama2.c file; found an archive of torch. Hugging Face's weights are named by their "
-            "folder, which holds config.json too; lit-gpt's end in .pth"
+            f"{path} must be a llama2.c file; found a torch archive. Name a Hugging Face model by its folder, with its "
+            "config.json; give a lit-gpt checkpoint a name that ends in .pth"
         )
     if len(header) < _PARAMS.size:
         raise CheckpointError(f"{path} must begin with a llama2.c header; found {len(header)} bytes")
@@ -84,7 +85,8 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[int, int, Model]:
     d_model, d_ff, n_layer, n_head, n_kv_head, vocab_size, seq_len = _PARAMS.unpack_from(header, at)
     shared = vocab_size > 0 if version == 0 else header[at + _PARAMS.size] == 1
     counts = (d_model, d_ff, n_layer, n_head, n_kv_head, abs(vocab_size), seq_len)
-    if min(counts) < 1 or n_layer > _MAX_LAYERS or max(counts[:-1]) * 4 > size:  # all but the last have a tensor each
+    # Each count but seq_len is a side of a stored tensor.
+    if min(counts) < 1 or n_layer > _MAX_LAYERS or max(counts[:-1]) * 4 > size:
         raise CheckpointError(f"{path} must begin with a llama2.c header; found the sizes {list(counts)}")
     try:
         model = Model(
@@ -107,7 +109,7 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[int, int, Model]:
 def _layout(
     path: Path, model: Model, order: tuple[str, ...], start: int, size: int
 ) -> tuple[dict[str, LazyTensor], int]:
-    """Every tensor at its place, and the offset behind the last. Stops early when the file is too short."""
+    """Every tensor, and the offset where the last one ends. Stops at the first kind that the file is too short for."""
     shapes = {part.name: part.shape for parts in name_map(model).values() for part in parts}
     tensors: dict[str, LazyTensor] = {}
     for kind in order:
@@ -124,17 +126,15 @@ def _layout(
             return tensors, start + count * step
         heads = {"wq": model.n_head, "wk": model.n_kv_head}.get(kind)
         for i, name in enumerate(names):
-            stored = LazyTensor.stored(path, start + i * step, shape, torch.float32)
-            tensors[name] = stored if heads is None else _with_halves(stored, heads)
+            tensors[name] = LazyTensor.stored(path, start + i * step, shape, torch.float32)
+            if heads is not None:
+                load = partial(_load_halves, tensors[name], heads)
+                tensors[name] = LazyTensor(shape, torch.float32, load)
         start += count * step
     return tensors, start
 
 
-def _with_halves(pairs: LazyTensor, heads: int) -> LazyTensor:
-    return LazyTensor(pairs.shape, pairs.dtype, lambda: halves_from_pairs(pairs.load(), heads))
-
-
-def halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads·D, C) whose rotary pairs are neighbours, reordered so that pair j is rows j and j + D/2 of a head."""
-    size = rows.shape[0] // heads
-    return rows.view(heads, size // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+def _load_halves(pairs: LazyTensor, heads: int) -> Tensor:
+    """Rows (heads·D, C) whose rotary pairs are neighbours, reordered: pair j becomes rows j and j + D/2 of its head."""
+    rows = pairs.load()
+    return rows.view(heads, rows.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(rows.shape)

@@ -1,8 +1,8 @@
-"""Read what torch.save wrote without unpickling: an interpreter of 40 opcodes that can only build plain data.
+"""Read what torch.save wrote without unpickling it: an interpreter of 40 opcodes that can only build plain data.
 
-`read` knows dictionaries, lists, tuples, numbers, text, tensors and nothing else. It imports nothing, calls
-nothing that the file names, and stops with a CheckpointError at the first global or opcode outside its lists.
-Source of the format: Python's pickletools; the globals are those that torch.save writes for a state dict.
+`read` builds dictionaries, lists, tuples, numbers, text and descriptions of tensors. It imports nothing, calls nothing
+that the file names, and raises CheckpointError at the first global or opcode outside its lists. The opcodes are
+documented in Python's pickletools; the globals are those that torch.save writes for a state dict.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 from tinylab.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 16 * 2**20
-"""TinyLlama's own checkpoint with its optimizer needs about 100 KB."""
+"""TinyLlama's checkpoint, with its optimizer, has about 100 KB."""
 MAX_OPCODES = 300_000
-"""The same file needs about 25,000, 40 per tensor."""
+"""The same file has about 25,000, 40 for each tensor."""
 
 STORAGES = {
     "DoubleStorage": "float64",
@@ -30,7 +30,7 @@ STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-"""Storage classes of module `torch`, and the dtype of their elements."""
+"""The storage classes of `torch`, each with the dtype of its elements."""
 _TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 _PARAMETER = ("torch._utils", "_rebuild_parameter")
 _ORDERED = ("collections", "OrderedDict")
@@ -40,14 +40,14 @@ ALLOWED = frozenset({_TENSOR, _PARAMETER, _ORDERED, _SIZE} | {("torch", name) fo
 
 
 class Global(NamedTuple):
-    """A name in the pickle; never looked up."""
+    """A name that the pickle mentions; it is never looked up."""
 
     module: str
     name: str
 
 
 class Storage(NamedTuple):
-    """The bytes of one or several tensors: member `data/KEY` of the archive."""
+    """The bytes of one tensor or several: the member `data/KEY` of the archive."""
 
     dtype: str
     key: str
@@ -55,7 +55,7 @@ class Storage(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """A strided view of a storage, in elements; not checked against the storage yet."""
+    """A strided view of a storage, in elements. It has not been compared with the size of the storage yet."""
 
     storage: Storage
     offset: int
@@ -63,11 +63,8 @@ class TensorSpec(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Mark:
-    """Where a group of items begins on the stack."""
-
-
-_MARK = _Mark()
+_MARK = object()
+"""On the stack: here a group of items begins."""
 _KEYS = (str, int, float, bool, type(None))
 
 
@@ -84,10 +81,10 @@ def read(data: bytes, where: str) -> Any:
             if count >= MAX_OPCODES:
                 raise CheckpointError(f"{where} must have at most {MAX_OPCODES} opcodes: not a state dict")
             if opcode.name == "STOP":
-                rest = len(data) - (position or 0) - 1
-                if rest:
+                if rest := len(data) - (position or 0) - 1:
                     raise CheckpointError(f"{where} must end with its pickle; found {rest} bytes more")
-                return reader.result()
+                (value,) = reader.stack
+                return value
             reader.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, MemoryError) as error:
         raise CheckpointError(
@@ -97,7 +94,7 @@ def read(data: bytes, where: str) -> Any:
 
 
 class _Reader:
-    """The stack machine. Opcodes that are not in the tables below are refused."""
+    """The stack machine. It refuses every opcode that is missing from the tables at the end of this file."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -128,19 +125,14 @@ class _Reader:
         else:
             self.refuse(f"the opcode {name}")
 
-    def result(self) -> Any:
-        if len(self.stack) != 1:
-            raise ValueError("no single result")
-        return self.stack[0]
-
     def pop(self, count: int) -> list[Any]:
-        """The last `count` items, none of them a mark."""
+        """The last `count` items, at least one, none of them a mark."""
         if len(self.stack) < count:
             raise ValueError("an empty stack")
-        items = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
+        items = self.stack[-count:]
+        del self.stack[-count:]
         if any(item is _MARK for item in items):
-            raise ValueError("a mark where a value must be")
+            raise ValueError("a mark in place of a value")
         return items
 
     def pop_mark(self) -> list[Any]:
@@ -156,7 +148,7 @@ class _Reader:
         """Put alternating keys and values into the dictionary on top of the stack."""
         target = self.stack[-1]
         if not isinstance(target, dict) or len(pairs) % 2:
-            raise ValueError("items set where no dictionary is")
+            raise ValueError("items set on something other than a dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if not isinstance(key, _KEYS):
                 self.refuse(f"a dictionary key of type {type(key).__name__}")
@@ -164,7 +156,7 @@ class _Reader:
 
     def extend(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise ValueError("items appended where no list is")
+            raise ValueError("items appended to something other than a list")
         self.stack[-1].extend(items)
 
     def remember(self, index: int) -> None:
@@ -181,9 +173,9 @@ class _Reader:
     def storage(self) -> None:
         (identity,) = self.pop(1)
         if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
-            self.refuse("a persistent identifier that is no torch storage")
+            self.refuse("a persistent identifier other than a torch storage")
         _, kind, key, _, numel = identity
-        is_key = isinstance(key, str) or _is_count(key)  # litgpt's own writer counts them as numbers
+        is_key = isinstance(key, str) or _is_count(key)  # litgpt's own writer numbers its storages
         if not (isinstance(kind, Global) and kind.name in STORAGES and is_key and _is_count(numel)):
             self.refuse("a malformed torch storage")
         self.stack.append(Storage(STORAGES[kind.name], str(key), numel))
@@ -198,16 +190,14 @@ class _Reader:
         function, arguments = self.pop(2)
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             self.refuse(f"a call of a {type(function).__name__}")
-        self.stack.append(_CALLS.get(function, _not_callable)(self, arguments))
+        if function not in _CALLS:
+            self.refuse("a call of a torch storage class")
+        self.stack.append(_CALLS[function](self, arguments))
 
     def ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
         if arguments:
             self.refuse("an OrderedDict made from arguments")
         return {}
-
-    def size(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
-        (shape,) = arguments
-        return _counts(shape)
 
     def tensor(self, arguments: tuple[Any, ...]) -> TensorSpec:
         storage, offset, shape, stride = arguments[:4]
@@ -220,7 +210,7 @@ class _Reader:
 
     def parameter(self, arguments: tuple[Any, ...]) -> TensorSpec:
         if not isinstance(arguments[0], TensorSpec):
-            self.refuse("a parameter that is no tensor")
+            self.refuse("a parameter that holds no tensor")
         return arguments[0]
 
 
@@ -232,10 +222,6 @@ def _counts(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(_is_count(v) for v in values):
         raise ValueError("a malformed shape")
     return values
-
-
-def _not_callable(reader: _Reader, arguments: tuple[Any, ...]) -> NoReturn:
-    reader.refuse("a call of a torch storage class")
 
 
 _IGNORED = frozenset({"PROTO", "FRAME"})
@@ -268,5 +254,5 @@ _CALLS: dict[Any, Callable[[_Reader, tuple[Any, ...]], Any]] = {
     _TENSOR: _Reader.tensor,
     _PARAMETER: _Reader.parameter,
     _ORDERED: _Reader.ordered,
-    _SIZE: _Reader.size,
+    _SIZE: lambda _, arguments: _counts(*arguments),
 }

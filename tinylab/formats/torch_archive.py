@@ -1,7 +1,7 @@
-"""Open torch's zip archives (`.pth`, `.bin`): tensors by name, read one at a time, nothing executed.
+"""Open torch's zip archives (`.pth`, `.bin`): tensors by name, read one at a time, and nothing is executed.
 
-An archive is accepted only as torch.save writes it: one top folder, `data.pkl`, storages `data/KEY`, every member
-stored without compression, inside the file, once, without overlap. So no bomb can grow while it is read.
+An archive must be as torch.save writes it: one top folder with `data.pkl` and storages `data/KEY`, each member once,
+uncompressed, inside the file and overlapping no other. Reading one therefore never takes more memory than its file.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tinylab.formats import safe_pickle as pickles
 from tinylab.formats.tensors import LazyTensor, read_values
 
 MAX_MEMBERS = 20_000
-"""TinyLlama's own checkpoint with its optimizer has about 600."""
+"""TinyLlama's checkpoint, with its optimizer, has about 600."""
 MAX_DIRECTORY_BYTES = 4 * 2**20
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CHUNK = 2**20
 
 
 class _Member(NamedTuple):
-    """A stored file: where its bytes begin in the archive, how many there are, their CRC-32."""
+    """A file in the archive: where its bytes begin, how many there are, their CRC-32."""
 
     start: int
     size: int
@@ -40,7 +40,7 @@ class _Member(NamedTuple):
 
 
 class _CappedFile(io.FileIO):
-    """A file that refuses reads longer than a zip directory: zipfile reads the directory at once, whatever its size."""
+    """A file that limits how much is read at once: zipfile reads a whole directory in one call, whatever its size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -57,8 +57,12 @@ class TorchArchive:
         self.path = Path(path)
         self._members = _read_directory(self.path)
         self._verified: set[str] = set()
-        data = self._read(self._members["data.pkl"], "data.pkl")
-        self.value = pickles.read(data, f"{self.path}: data.pkl")
+        size = self._members["data.pkl"].size
+        if size > pickles.MAX_PICKLE_BYTES:
+            raise CheckpointError(
+                f"{self.path}: data.pkl must be at most {pickles.MAX_PICKLE_BYTES} bytes; found {size}"
+            )
+        self.value = pickles.read(self._read("data.pkl", 0, size).numpy().tobytes(), f"{self.path}: data.pkl")
 
     def tensors(self, state: Any) -> dict[str, LazyTensor]:
         """The tensors directly in `state`, a state dict of this archive; none if it is something else.
@@ -70,7 +74,7 @@ class TorchArchive:
         return {str(k): self._lazy(v) for k, v in state.items() if isinstance(v, pickles.TensorSpec)}
 
     def _lazy(self, spec: pickles.TensorSpec) -> LazyTensor:
-        """A reader of one tensor, after every number in its description was checked against the archive."""
+        """One tensor, after a check of every number in its description against the archive."""
         storage, dtype = spec.storage, getattr(torch, spec.storage.dtype)
         member = self._members.get(f"data/{storage.key}")
         if member is None:
@@ -85,23 +89,27 @@ class TorchArchive:
         if numel > storage.numel or spec.offset + last >= max(storage.numel, 1):
             raise CheckpointError(
                 f"{self.path}: a tensor of shape {list(spec.shape)}, strides {list(spec.stride)} and offset "
-                f"{spec.offset} must lie inside its storage data/{storage.key} of {storage.numel} values"
+                f"{spec.offset} must be inside its storage data/{storage.key} of {storage.numel} values"
             )
 
         def load() -> Tensor:
-            raw = self._read_span(storage.key, spec.offset * dtype.itemsize, (last + 1) * dtype.itemsize)
+            raw = self._read(f"data/{storage.key}", spec.offset * dtype.itemsize, (last + 1) * dtype.itemsize)
             return raw.view(dtype).as_strided(spec.shape, spec.stride)
 
         return LazyTensor(spec.shape, dtype, load, f"{self.path}:{storage.key}:{spec.offset}:{spec.stride}")
 
-    def _read_span(self, key: str, offset: int, count: int) -> Tensor:
-        """Bytes of a storage as uint8; the whole storage is checked against its CRC-32 when it is first touched."""
-        name = f"data/{key}"
+    def _read(self, name: str, offset: int, count: int) -> Tensor:
+        """Bytes of a member as uint8. Its first reading compares all of the member with its CRC-32."""
         member = self._members[name]
         raw = torch.empty(count, dtype=torch.uint8)
         read_values(self.path, member.start + offset, raw)
         if name not in self._verified:
-            _check(zlib.crc32(raw.numpy().data) if count == member.size else self._crc(member), member, self.path, name)
+            crc = zlib.crc32(raw.numpy().data) if count == member.size else self._crc(member)
+            if crc != member.crc:
+                raise CheckpointError(
+                    f"{self.path}: {name} must have the CRC-32 {member.crc:08x}; found {crc:08x}: it is damaged, copy "
+                    "the file again"
+                )
         self._verified.add(name)
         return raw
 
@@ -112,23 +120,6 @@ class TorchArchive:
             read_values(self.path, member.start + at, part)
             crc = zlib.crc32(part.numpy().data, crc)
         return crc
-
-    def _read(self, member: _Member, name: str) -> bytes:
-        if member.size > pickles.MAX_PICKLE_BYTES:
-            raise CheckpointError(
-                f"{self.path}: {name} must be at most {pickles.MAX_PICKLE_BYTES} bytes; found {member.size}"
-            )
-        data = torch.empty(member.size, dtype=torch.uint8)
-        read_values(self.path, member.start, data)
-        _check(zlib.crc32(data.numpy().data), member, self.path, name)
-        return data.numpy().tobytes()
-
-
-def _check(crc: int, member: _Member, path: Path, name: str) -> None:
-    if crc != member.crc:
-        raise CheckpointError(
-            f"{path}: {name} must have the CRC-32 {member.crc:08x}; found {crc:08x}: damaged, copy the file again"
-        )
 
 
 def _read_directory(path: Path) -> dict[str, _Member]:
@@ -169,12 +160,14 @@ def _members(path: Path, file: io.FileIO, infos: list[zipfile.ZipInfo]) -> dict[
             raise CheckpointError(f"{path}: {name} must not be encrypted")
         start = _data_start(path, file, info)
         if info.header_offset < end or start + info.file_size > size:
-            raise CheckpointError(f"{path}: {name} must lie inside the file and overlap nothing: damaged or hostile")
+            raise CheckpointError(
+                f"{path}: {name} must be inside the file and overlap no other member; the file is damaged or hostile"
+            )
         end = start + info.file_size
         tops.add(parts[0])
         short = "/".join(parts[1:])
         if short in members:
-            raise CheckpointError(f"{path} must hold {short} once; found it twice: damaged or hostile")
+            raise CheckpointError(f"{path} must hold {short} once; found it twice. The file is damaged or hostile")
         members[short] = _Member(start, info.file_size, info.CRC)
     if len(tops) != 1 or "data.pkl" not in members:
         raise CheckpointError(
@@ -197,12 +190,12 @@ def _data_start(path: Path, file: io.FileIO, info: zipfile.ZipInfo) -> int:
     magic, *_, name_bytes, extra_bytes = _LOCAL.unpack(header)
     name = file.read(name_bytes)
     if magic != b"PK\x03\x04" or name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
-        raise CheckpointError(f"{path}: {info.filename} must begin with its own header: damaged or hostile")
+        raise CheckpointError(f"{path}: {info.filename} must begin with its own header; the file is damaged or hostile")
     return info.header_offset + _LOCAL.size + name_bytes + extra_bytes
 
 
 def _what_else(path: Path, magic: bytes) -> str:
-    """What a file is that is no zip archive, and what to do."""
+    """The message about a file that is no zip archive."""
     if magic[:1] == b"\x80":
         return (
             f"{path} must be a zip archive as torch.save writes since 1.6; found a bare pickle, which can run any "
