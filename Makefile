@@ -66,13 +66,16 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not stress and not gpu"
 
-# What needs no training, no kernel and no browser.
-QUICK := analysis/test_anatomy.py catalog checkpoint config data/test_order.py data/test_mixture.py data/test_shards.py \
-	evaluation/test_batches.py evaluation/test_published.py evaluation/test_statistics.py formats html model optim runs \
-	test_contributing.py test_import.py test_layers.py test_planner.py test_readme.py
+# Quick tests, none of which trains or starts a kernel, a browser or another Python; then the types.
+QUICK := config data/test_order.py data/test_mixture.py data/test_shards.py evaluation/test_published.py \
+	evaluation/test_statistics.py formats html model optim runs test_contributing.py test_layers.py test_planner.py test_readme.py
 
-check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not stress and not gpu" $(QUICK:%=tests/%)
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not stress and not gpu" $(QUICK:%=tests/%) \
+	  --ignore=tests/model/test_training_parity.py
+	$(BIN)/pyright
 
 stress: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m stress
