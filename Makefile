@@ -77,8 +77,11 @@ check: setup
 	  --ignore=tests/model/test_training_parity.py
 	$(BIN)/pyright
 
+# Every goal of docs/reliability.md at its full count: hours. only=R1 runs one goal; a repeat leaves out what has passed.
 stress: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m stress
+	@code=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "stress or goal" --campaign build/stress \
+	  $(if $(only),--goal $(only)) || code=$$?; \
+	$(BIN)/python tests/goals.py build/stress >docs/reliability.md; exit $$code
 
 # Local only, with Jupyter's token; papermill and the kernel find runs in the folder of this file.
 lab: setup

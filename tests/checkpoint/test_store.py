@@ -132,8 +132,11 @@ def damage(folder: Path, generator: random.Random) -> str:
     return f"{kind} {path.name}"
 
 
+@pytest.mark.goal("R8")
 @pytest.mark.parametrize("count", [60, pytest.param(700, marks=pytest.mark.stress)])
-def test_every_damage_is_seen_and_the_newest_good_one_is_used(count: int, run: Run, shards: Any, tmp_path: Path):
+def test_every_damage_is_seen_and_the_newest_good_one_is_used(
+    count: int, run: Run, shards: Any, tmp_path: Path, record_property: Any
+):
     save(run, shards, 10, 20)
     whole = tmp_path / "whole"
     shutil.copytree(run.checkpoints_path / "step-00000020", whole)
@@ -148,6 +151,7 @@ def test_every_damage_is_seen_and_the_newest_good_one_is_used(count: int, run: R
         assert folder and folder.name == "step-00000010", f"seed {seed}: {how} was not seen"
         assert len(notes) == 1 and "step-00000020 is damaged" in notes[0] and "quarantine" in notes[0]
     assert run.journal()[-1]["event"] == "quarantined"
+    record_property("trials", count)
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -193,7 +193,8 @@ def test_ranks_together_consume_exactly_the_step_and_their_hashes_add_up(world):
         assert format_hash(sum(map(data_hash, parts))) == format_hash(data_hash(whole))
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None)  # reliability.md, R6
+@pytest.mark.goal("R6", trials=1000)
+@settings(max_examples=1000, derandomize=True, deadline=None)
 @given(run=runs(), data=st.data())
 def test_any_rank_count_and_any_start_give_the_samples_of_an_undisturbed_run(run, data):
     config, windows = run

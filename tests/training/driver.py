@@ -134,7 +134,13 @@ def wait(pids: list[int], request: dict) -> int:
     number, after = request.get("kill") or (0, 0.0)
     deadline = time.monotonic() + (after if number else 120.0)
     codes: dict[int, int] = {}
+    checkpoints, saves = Path(request["run"], "checkpoints"), set()
+    in_save = request.get("kill_in_save")
     while len(codes) < len(pids):
+        if in_save and checkpoints.is_dir():
+            saves |= {p.name for p in checkpoints.glob(".tmp-step-*")}
+            if len(saves) >= in_save[0]:
+                number, deadline, in_save = signal.SIGKILL, time.monotonic() + in_save[1], None
         for pid in set(pids) - set(codes):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import signal
 import subprocess
@@ -93,32 +92,6 @@ def test_random_generators_go_on_where_the_checkpoint_left_them(trainer: Any, as
     assert_nothing_lost(whole, cut)
     states = {(p / "trainer" / "rng.safetensors").read_bytes() for p in whole.checkpoints()}
     assert len(states) == len(whole.checkpoints()), "the state moves with every step"
-
-
-def disturb(trainer: Any, run: Run, config: RunConfig, seed: int, full_s: float) -> int:
-    """Kill the run at random moments until it ends; returns the number of kills."""
-    generator = random.Random(seed)
-    for kills in range(100):
-        longest = full_s * (1 + kills / 10)  # on a machine that became busy, a start alone may take what a run took
-        ended = trainer.go(run.path, config, kill=(signal.SIGKILL, generator.uniform(0, longest)))
-        if ended.code == 0:
-            return kills
-        assert ended.code == -signal.SIGKILL, f"seed {seed}: {ended}"
-    raise AssertionError(f"seed {seed}: the run never ends")
-
-
-@pytest.mark.parametrize("wanted", [8, pytest.param(200, marks=pytest.mark.stress)])
-def test_random_kills_lose_nothing(
-    wanted: int, trainer: Any, pruned_config: RunConfig, pruned_reference: Run, assert_nothing_lost: Any, tmp_path: Path
-):
-    full = trainer.go(tmp_path / "timed", pruned_config).seconds
-    kills = seed = 0
-    while kills < wanted:
-        run = Run(tmp_path / f"run{seed}")
-        kills += disturb(trainer, run, pruned_config, seed, full)
-        assert_nothing_lost(pruned_reference, run)
-        seed += 1
-    print(f"{kills} kills, 0 losses: fewer than {3 / kills:.1%} of kills lose something, at 95% confidence")
 
 
 def test_kill_of_the_real_command_loses_nothing(

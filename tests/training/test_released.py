@@ -34,6 +34,7 @@ def folder(tmp_path: Path) -> Path:
     return shutil.copytree(RELEASED, tmp_path / "released")
 
 
+@pytest.mark.goal("R19")
 def test_a_run_of_the_released_commit_resumes_bit_equal(folder: Path):
     ended = resume(folder)
     assert ended.returncode == 0, ended.stderr
