@@ -52,6 +52,7 @@ class Trainer:
         toml = self.folder / f"config{self._configs}.toml"
         toml.write_text(run_to_toml(config or self.config))
         env = {"TINYLAB_FAILPOINT": failpoint, "TINYLAB_HOME": str(request.pop("home", self.home))}
+        env |= request.pop("env", {})
         assert self._driver.stdin and self._driver.stdout
         self._driver.stdin.write(json.dumps({"run": str(run), "config": str(toml), "env": env, **request}) + "\n")
         self._driver.stdin.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,40 @@ def test_the_number_of_ranks_may_change_between_starts(strategy: str, trainer: A
     for ours, theirs in zip(run.metric_records(), reference.metric_records(), strict=True):
         assert ours["data_hash"] == theirs["data_hash"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+CANONICAL = ["parallel.reduction=canonical"]
+LAYOUTS = {"2 ddp": (2, "ddp", {}), "2 fsdp": (2, "fsdp", {}), "4 hsdp": (4, "hsdp", {"LOCAL_WORLD_SIZE": "2"})}
+
+
+@pytest.fixture(scope="session")
+def canonical_reference(trainer: Any) -> Run:
+    """The tiny run on one rank, its sums canonical."""
+    run = Run(trainer.folder / "canonical")
+    ended = trainer.go(run.path, override(trainer.config, CANONICAL))
+    assert ended.code == 0, ended.stderr
+    return run
+
+
+def learnt(run: Run) -> tuple[list[list[str]], dict[str, str]]:
+    """Every loss, norm and validation as hex floats, and the hashes of the last weights and moments."""
+    keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
+    rows = [[float(r.get(k, 0.0)).hex() for k in keys] for r in run.metric_records()]
+    last = run.checkpoints()[-1]
+    files = [p for p in sorted(last.rglob("*.safetensors")) if p.name != "rng.safetensors"]
+    return rows, {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_canonical_runs_have_the_same_bits_on_any_number_of_ranks(
+    layout: str, trainer: Any, canonical_reference: Run, tmp_path: Path
+):
+    ranks, strategy, env = LAYOUTS[layout]
+    run = Run(tmp_path / "run")
+    config = override(trainer.config, [*CANONICAL, f"parallel.strategy={strategy}"])
+    ended = trainer.go(run.path, config, ranks=ranks, env=env)
+    assert ended.code == 0, ended.stderr
+    assert learnt(run) == learnt(canonical_reference)
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused(trainer: Any, tmp_path: Path):

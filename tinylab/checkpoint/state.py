@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tinylab.checkpoint.building import build_model
 from tinylab.checkpoint.store import Snapshot, load_trainer
 from tinylab.config.schema import Parallel, RunConfig
+from tinylab.dist.canonical import use_plain_kernels
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import compiled, like, shard_model, whole_tensors
+from tinylab.dist.parallel import compiled, like, whole_tensors
 from tinylab.errors import CheckpointError
-from tinylab.formats.identity import model_weight_hash
-from tinylab.formats.load import load_folder
 from tinylab.model.loss import Batch, loss_sum
-from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_optimizer
 
@@ -48,21 +47,12 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
     Raises LaunchError when the ranks' weights are not equal, and CheckpointError when the checkpoint does not fit.
     """
     torch.manual_seed(config.seed + context.rank)
-    if checkpoint is None:
-        model = Llama.empty(config.model, context.device, torch.float32)
-        model.init_weights(config.seed)
-    else:
-        model = load_folder(checkpoint, context.device, torch.float32)
-    model.train()
-    resolve_precision(context.device, config.parallel.precision).prepare(model)
-    if context.world > 1:
-        context.require_equal(model_weight_hash(model), "the weights")
-    shard_model(model, config.parallel, context)
+    model = build_model(config, context, checkpoint)
+    optimizer = build_optimizer(model, config.optimizer)
+    if config.parallel.reduction == "canonical":
+        use_plain_kernels(optimizer)
     state = TrainState(
-        model=model,
-        parallel=config.parallel,
-        optimizer=build_optimizer(model, config.optimizer),
-        loss=compiled(loss_sum, config.parallel),
+        model=model, parallel=config.parallel, optimizer=optimizer, loss=compiled(loss_sum, config.parallel)
     )
     if checkpoint is not None:
         record, optimizer_tensors, rng = load_trainer(checkpoint)

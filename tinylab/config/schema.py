@@ -129,8 +129,15 @@ class Parallel:
     """Whether torch.compile is used; pays back after a few hundred steps."""
     threads: int | None = None
     """CPU threads per rank; absent: the machine's cores over its ranks. Changes the last bits of weights."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Several ranks: `ddp` replicates, `fsdp` shards (FSDP2); `auto`: ddp on the CPU, fsdp on GPUs."""
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """Several ranks: `ddp` replicates, `fsdp` shards (FSDP2), `hsdp` shards inside a machine and replicates across
+    machines; `auto`: ddp on the CPU, fsdp on the GPUs of one machine, hsdp on those of several."""
+    reduction: Literal["fast", "canonical"] = "fast"
+    """How gradients are summed. `canonical`: weights have the same bits on any number of ranks that divides the batch,
+    at the price of one sequence per forward pass (dist/canonical.py); threads then default to 1 on the CPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: what the backward pass computes again instead of keeping it in memory. `selective`
+    keeps the results of matrix products and attention, `full` only the input of each block. Results are the same."""
 
     def __post_init__(self) -> None:
         require_positive("parallel", micro_batch=self.micro_batch)

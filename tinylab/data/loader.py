@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -40,6 +40,25 @@ class MicroBatch:
     """(B, T) int64; IGNORED where data.document_mask cuts the loss between two documents."""
     document_ids: torch.Tensor | None
     """(B, T) int32, number of the token's document within its sample; None without data.document_mask."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The micro-batch on `device`; itself where it is there already."""
+        if device.type == "cpu":
+            return self
+        documents = self.document_ids
+        return replace(
+            self,
+            inputs=self.inputs.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            document_ids=None if documents is None else documents.to(device, non_blocking=True),
+        )
+
+    def sequences(self) -> Iterator[MicroBatch]:
+        """The same samples, each in a micro-batch of its own."""
+        for row in range(len(self.inputs)):
+            one = slice(row, row + 1)
+            documents = self.document_ids
+            yield MicroBatch(self.inputs[one], self.targets[one], None if documents is None else documents[one])
 
 
 @dataclass(frozen=True)

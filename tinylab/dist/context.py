@@ -129,7 +129,9 @@ def open_context(parallel: Parallel) -> Iterator[Context]:
         )
     local_rank, local_world = _integer("LOCAL_RANK", rank), _integer("LOCAL_WORLD_SIZE", world)
     device = _device(parallel.device, local_rank)
-    threads = parallel.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
+    # The number of threads changes the last bits of sums: in canonical mode it must not follow from that of ranks.
+    cores = 1 if parallel.reduction == "canonical" else len(os.sched_getaffinity(0))
+    threads = parallel.threads or max(1, cores // local_world)
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)

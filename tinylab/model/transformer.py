@@ -186,13 +186,15 @@ class Llama(nn.Module):
         The first row is jzhang38/TinyLlama:lit_gpt/model.py.
         """
         for name, weight in self.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(1.0)
-                continue
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
-            weight.copy_(values.mul_(self._init_std(name)))
+            weight.copy_(self.first_values(seed, name, weight.shape))
+
+    def first_values(self, seed: int, name: str, shape: torch.Size) -> Tensor:
+        """What `init_weights` fills the parameter `name` with: fp32 on the CPU, wherever the parameter itself is."""
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self._init_std(name))
 
     def _init_std(self, name: str) -> float:
         """Standard deviation of the initial values of the matrix called `name`."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from tinylab.checkpoint.state import TrainState
 from tinylab.data.loader import MicroBatch, StepBatch
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import average_gradients, exchange_with_last, whole_tensor
 from tinylab.errors import TinylabError
 from tinylab.model.loss import IGNORED
 from tinylab.model.precision import Precision
+from tinylab.training.gradients import sum_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +40,6 @@ def agree(context: Context, batch: StepBatch, wants_stop: bool) -> tuple[int, in
     return ((high << 32) + low) % 2**64, targets, stops > 0
 
 
-def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch on `device`; itself where it is there already."""
-    if device.type == "cpu":
-        return batch
-    documents = batch.document_ids
-    return replace(
-        batch,
-        inputs=batch.inputs.to(device, non_blocking=True),
-        targets=batch.targets.to(device, non_blocking=True),
-        document_ids=None if documents is None else documents.to(device, non_blocking=True),
-    )
-
-
 def train_step(
     state: TrainState,
     micro_batches: Sequence[MicroBatch],
@@ -69,22 +56,8 @@ def train_step(
     size of a micro-batch, nor the number of ranks, nor masked targets shift the mean. The host waits for the device
     once. Raises TinylabError naming the step when loss or norm is not finite; weights and moments are then untouched.
     """
-    parameters = list(state.model.parameters())
-    for parameter in parameters:
-        parameter.grad = None
-    # Replication and sharding average gradients over the ranks, so each rank's sum counts `world` times.
-    scale = context.world / targets
-    nats = torch.zeros((), dtype=torch.float64, device=context.device)
-    for i, batch in enumerate(micro_batches, start=1):
-        exchange_with_last(state.model, i == len(micro_batches))
-        with precision.step():
-            loss = state.loss(state.model, to_device(batch, context.device))
-        (loss * scale).backward()
-        nats += loss.detach()
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    average_gradients(gradients, state.parallel, context)
-    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
-    loss_mean, grad_norm = torch.stack([context.sum_tensor(nats) / targets, norm.double()]).tolist()
+    nats, norm = sum_gradients(state, micro_batches, targets, precision, context)
+    loss_mean, grad_norm = torch.stack([nats / targets, norm.double()]).tolist()
     if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
         raise TinylabError(
             f"loss and gradient norm must be finite; found loss {loss_mean} and norm {grad_norm} in step "
@@ -92,7 +65,7 @@ def train_step(
             "samples (tinylab batch), lower optimizer.lr or set optimizer.clip_norm in a new run"
         )
     if clip_norm is not None and grad_norm > clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_norm, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["rate_scale"]
     state.optimizer.step()

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from tinylab.config.schema import RunConfig
-from tinylab.data.loader import MicroBatch, validation_batches
+from tinylab.data.loader import MicroBatch, validation_batches, validation_windows
 from tinylab.data.shards.reader import ShardSet
 from tinylab.data.tokenizer.load import load_tokenizer_file
 from tinylab.dist.context import Context
@@ -17,7 +17,6 @@ from tinylab.errors import TinylabError
 from tinylab.model.loss import IGNORED, token_losses
 from tinylab.model.precision import Precision
 from tinylab.model.transformer import Llama
-from tinylab.training.step import to_device
 
 
 def validates_at(config: RunConfig, step: int) -> bool:
@@ -54,19 +53,26 @@ class Validator:
         """`validation_loss` (nats per token) and `bits_per_byte` over all ranks; empty without a validation sample.
 
         bits per byte = nats of the targets that stand for text / (ln 2 · bytes of that text): special tokens stand
-        for none. Sums are in fp64.
+        for none. Each rank measures its share of the sequences. Sums are in fp64, of a table with a column for each
+        sequence, so that their order does not depend on the number of ranks.
         """
-        device = self._context.device
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        context = self._context
+        total = len(validation_windows(self._config, self._shards))
+        column, end = (total * (context.rank + i) // context.world for i in (0, 1))
+        table = torch.zeros(4, total, dtype=torch.float64, device=context.device)
         for batch in self._batches:
-            batch = to_device(batch, device)
+            batch = batch.to(context.device)
             with self._precision.step():
                 losses = token_losses(model, batch.inputs, batch.targets, batch.document_ids).double()
+            if column == end:
+                continue  # it only filled up
             counted = batch.targets != IGNORED
             sizes = torch.where(counted, self._token_bytes[batch.targets.clamp(min=0)], 0)
-            sums += torch.stack([losses.sum(), counted.sum(), losses[sizes > 0].sum(), sizes.sum()])
+            parts = [losses, counted, torch.where(sizes > 0, losses, 0.0), sizes]
+            table[:, column : column + len(losses)] = torch.stack([p.sum(1, dtype=torch.float64) for p in parts])
+            column += len(losses)
         reshard(model)
-        nats, targets, text_nats, text_bytes = self._context.sum_tensor(sums).tolist()
+        nats, targets, text_nats, text_bytes = context.sum_tensor(table).sum(1).tolist()
         if not targets:
             return {}
         result = {"validation_loss": nats / targets}
@@ -82,7 +88,9 @@ class Validator:
     def _batches(self) -> list[MicroBatch]:
         """This rank's share of the samples."""
         rank, world = self._context.rank, self._context.world
-        own = list(validation_batches(self._config, self._shards, self._config.parallel.micro_batch, rank, world))
+        parallel = self._config.parallel
+        size = 1 if parallel.reduction == "canonical" else parallel.micro_batch
+        own = list(validation_batches(self._config, self._shards, size, rank, world))
         return own + _fill_up(self._config, len(own), self._context)
 
 
