@@ -35,6 +35,11 @@ CONFIG = RunConfig(
 CONTEXT = Context(device=torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES_S", (0.001, 0.001))
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Any:
     """What a save needs of the data: a tokenizer folder and its ids."""
@@ -128,7 +133,8 @@ def test_a_save_that_failed_is_raised_at_the_next_call(where: str, checkpointer:
     checkpointer._worker.submit(lambda: None).result()
     with pytest.raises(CheckpointError, match=r"cannot write .*step-00000001"):
         calls[where]()
-    assert run.journal() == []
+    lines = run.journal()
+    assert [(x["event"], x["repeated"]) for x in lines] == 2 * [("save_failed", True)] + [("save_failed", False)]
 
 
 def test_older_checkpoints_are_pruned_beside_the_steps(checkpointer: Checkpointer, run: Run):

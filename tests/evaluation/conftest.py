@@ -38,7 +38,8 @@ def _code(rng: random.Random) -> str:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """`data` (prepared folder), `run` (a Run), `checkpoints` (two folders with different weights), `config`."""
-    from tinylab.checkpoint.store import Snapshot, commit_checkpoint
+    from tinylab.checkpoint.snapshot import Snapshot
+    from tinylab.checkpoint.store import commit_checkpoint
     from tinylab.data.prepare import prepare
     from tinylab.model.transformer import Llama
     from tinylab.runs.folder import Run

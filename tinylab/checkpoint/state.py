@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinylab.checkpoint.building import build_model
-from tinylab.checkpoint.store import Snapshot, load_trainer
+from tinylab.checkpoint.snapshot import own_start
+from tinylab.checkpoint.store import load_rng, open_optimizer, read_record
 from tinylab.config.schema import Parallel, RunConfig
 from tinylab.dist.canonical import use_plain_kernels
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import compiled, like, whole_tensors
+from tinylab.dist.parallel import compiled
 from tinylab.errors import CheckpointError
 from tinylab.model.loss import Batch, loss_sum
 from tinylab.model.transformer import Llama
@@ -55,23 +57,14 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
         model=model, parallel=config.parallel, optimizer=optimizer, loss=compiled(loss_sum, config.parallel)
     )
     if checkpoint is not None:
-        record, optimizer_tensors, rng = load_trainer(checkpoint)
+        record = read_record(checkpoint)
         state.step, state.hours = record["step"], record["hours"]
-        _load_optimizer(state, optimizer_tensors, checkpoint)
-        _load_rng(rng, context, config.seed, state.step)
+        _load_optimizer(state, record, checkpoint)
+        _load_rng(load_rng(checkpoint), context, config.seed, state.step)
     return state
 
 
-def take_snapshot(state: TrainState, context: Context, record: dict[str, object]) -> Snapshot | None:
-    """A copy of the state in the memory of rank 0's CPU, None elsewhere. Every rank must call it."""
-    keep = context.is_main
-    weights = dict(whole_tensors(dict(state.model.named_parameters()), keep))
-    moments = dict(whole_tensors(_optimizer_tensors(state), keep))
-    rng = _rng(context)
-    return Snapshot(weights=weights, optimizer=moments, rng=rng, record=record) if keep else None
-
-
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     """Every tensor of the optimizer's state as `<parameter>.<name>`, in the model's order."""
     result = {}
     for name, parameter in state.model.named_parameters():
@@ -81,30 +74,49 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return result
 
 
-def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Give every parameter its tensors back. Raises CheckpointError listing names that do not match."""
+def _load_optimizer(state: TrainState, record: Mapping[str, Any], checkpoint: Path) -> None:
+    """Give every parameter its tensors back: of those that follow a sharded one, only this rank's rows are read.
+
+    Raises CheckpointError listing names that do not match.
+    """
     parameters = dict(state.model.named_parameters())
-    unknown = [n for n in tensors if n.rpartition(".")[0] not in parameters]
-    bare = sorted(set(parameters) - {n.rpartition(".")[0] for n in tensors})
-    if unknown or bare:
-        raise CheckpointError(
-            f"{checkpoint}/trainer/optimizer.safetensors must hold the moments of every parameter; "
-            f"without moments: {', '.join(bare) or 'none'}; unknown: {', '.join(unknown) or 'none'}. "
-            "Resume with the configuration that wrote it"
-        )
-    for name, tensor in tensors.items():
-        parameter_name, _, key = name.rpartition(".")
-        parameter = parameters[parameter_name]
-        value = tensor.to(parameter.device) if tensor.ndim == 0 else like(tensor, parameter)
-        state.optimizer.state[parameter][key] = value
+    with open_optimizer(checkpoint) as tensors:
+        unknown = [n for n in tensors if n.rpartition(".")[0] not in parameters]
+        bare = sorted(set(parameters) - {n.rpartition(".")[0] for n in tensors})
+        # Some optimizers have no tensors for some parameters, or none at all; older checkpoints are all AdamW's.
+        complete = not bare if "optimizer_tensors" not in record else len(tensors) == record["optimizer_tensors"]
+        if unknown or not complete:
+            raise CheckpointError(
+                f"{checkpoint}/trainer/optimizer.safetensors must hold the moments of every parameter; "
+                f"without moments: {', '.join(bare) or 'none'}; unknown: {', '.join(unknown) or 'none'}. "
+                "Resume with the configuration that wrote it"
+            )
+        for name, stored in tensors.items():
+            parameter_name, _, key = name.rpartition(".")
+            parameter = parameters[parameter_name]
+            state.optimizer.state[parameter][key] = _own_part(stored, parameter)
 
 
-def _rng(context: Context) -> dict[str, Tensor]:
-    """States of the random generators of every rank, on every rank."""
-    own = {"cpu": torch.get_rng_state()}
-    if context.device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(context.device)
-    return {f"{kind}.{rank}": t for kind, s in own.items() for rank, t in enumerate(context.gather_tensor(s))}
+def _own_part(stored: Any, parameter: Tensor) -> Tensor:
+    """A stored tensor on the device of `parameter`, whole, or the rows of it that this rank has of `parameter`."""
+    shape = stored.get_shape()
+    if not shape:
+        return stored[...].clone().to(parameter.device)
+    if not hasattr(parameter, "device_mesh") or tuple(shape) != tuple(parameter.shape):
+        return stored[:].clone().to(parameter.device)
+    from torch.distributed.tensor import DTensor
+
+    local: Tensor = parameter.to_local()  # type: ignore[attr-defined]
+    start = own_start(parameter)
+    rows = stored[start : start + len(local)].clone() if len(local) else torch.empty_like(local)
+    return DTensor.from_local(
+        rows.to(local.device),
+        parameter.device_mesh,  # type: ignore[attr-defined]
+        parameter.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _load_rng(rng: Mapping[str, Tensor], context: Context, seed: int, step: int) -> None:

@@ -15,15 +15,17 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tinylab.checkpoint.parts import join_optimizer, join_weights
+from tinylab.checkpoint.snapshot import Snapshot
 from tinylab.config.architecture import Model
 from tinylab.data.shards.reader import ShardSet
 from tinylab.errors import CheckpointError
@@ -36,42 +38,41 @@ from tinylab.runs.manifest import TEMPORARY_PREFIX, commit_folder, temporary_fol
 FORMAT_VERSION = 1
 """Of `trainer/`; a folder of another version is refused."""
 QUARANTINE = "quarantine"
+OPTIMIZER_FILE, RNG_FILE = "optimizer.safetensors", "rng.safetensors"
+_PARTS = "parts"
+"""Folder of what each rank wrote; gone before the commit."""
 _SPARE = 1.05
 """Room asked for before a save, as a multiple of the files' bytes."""
 _SMALL_FILES = 65_536
 """Bytes of configuration, index and manifest, and of every file's last block."""
 
 
-@dataclass(kw_only=True)
-class Snapshot:
-    """Everything of a training state that a checkpoint holds, whole and on the CPU."""
-
-    weights: Mapping[str, Tensor]
-    """The model's own parameter names, fp32."""
-    optimizer: Mapping[str, Tensor]
-    """`<parameter>.<state>`, e.g. `embed.weight.exp_avg`."""
-    rng: Mapping[str, Tensor]
-    """uint8 states: `cpu.0`, `cuda.0`, … by rank."""
-    record: dict[str, Any] = field(default_factory=dict)
-    """Plain values of `trainer.json`; `step` and `tokens` at least."""
-
-
-def commit_checkpoint(run: Run, snapshot: Snapshot, model: Model, shards: ShardSet) -> Path:
+def commit_checkpoint(
+    run: Run, snapshot: Snapshot, model: Model, shards: ShardSet, gather: Callable[[Path], None] | None = None
+) -> Path:
     """Commit the checkpoint of `snapshot.record["step"]` with its journal line, and return its folder.
 
-    The tokenizer's files of `shards` are copied beside the weights.
+    The tokenizer's files of `shards` are copied beside the weights. With `gather` the snapshot is one rank's: `gather`
+    returns when every rank has written its rows into the folder that it is given.
     Raises CheckpointError naming the path and the room needed and free when it cannot be written; what was committed
     before stays as it is, and nothing appears under the final name.
     """
     step = snapshot.record["step"]
     target = run.checkpoints_path / step_name(step)
-    needed = sum(t.nbytes for part in (snapshot.weights, snapshot.optimizer, snapshot.rng) for t in part.values())
-    needed += sum(f.stat().st_size for f in shards.tokenizer_path.iterdir()) + _SMALL_FILES
+    needed = snapshot.total_bytes or sum(t.nbytes for s in (snapshot.weights, snapshot.optimizer) for t in s.values())
+    needed *= 1 if gather is None else 2  # the rows of each rank, then the files made of them
+    needed += sum(t.nbytes for t in snapshot.rng.values()) + _SMALL_FILES
+    needed += sum(f.stat().st_size for f in shards.tokenizer_path.iterdir())
     _require_room(target, int(needed * _SPARE))
     temporary = temporary_folder(target)
     failpoint("save.begun")
     try:
-        _fill(temporary, snapshot, model, shards)
+        parts = None
+        if gather is not None:
+            parts = temporary / _PARTS
+            parts.mkdir()
+            gather(parts)
+        _fill(temporary, snapshot, model, shards, parts)
         run.require_place()
         commit_folder(temporary, target)
     except (OSError, SafetensorError) as error:
@@ -86,9 +87,12 @@ def commit_checkpoint(run: Run, snapshot: Snapshot, model: Model, shards: ShardS
     return target
 
 
-def _fill(folder: Path, snapshot: Snapshot, model: Model, shards: ShardSet) -> None:
-    """Write every file of a checkpoint but its manifest."""
-    save_weights(snapshot.weights, model, folder)
+def _fill(folder: Path, snapshot: Snapshot, model: Model, shards: ShardSet, parts: Path | None) -> None:
+    """Write every file of a checkpoint but its manifest; `parts` is removed when the files are made of it."""
+    if parts is None:
+        save_weights(snapshot.weights, model, folder)
+    else:
+        join_weights(parts, model, folder)
     failpoint("save.weights_written")
     ids = shards.manifest["tokenizer"]
     write_config(model, folder, bos_id=ids["bos_id"], eos_id=ids["eos_id"])
@@ -97,9 +101,13 @@ def _fill(folder: Path, snapshot: Snapshot, model: Model, shards: ShardSet) -> N
             shutil.copyfile(file, folder / file.name)
     trainer = folder / "trainer"
     trainer.mkdir()
-    save_file(_contiguous(snapshot.optimizer), trainer / "optimizer.safetensors")
+    if parts is None:
+        save_file(_contiguous(snapshot.optimizer), trainer / OPTIMIZER_FILE)
+    else:
+        join_optimizer(parts, snapshot.shapes, trainer / OPTIMIZER_FILE)
+        shutil.rmtree(parts)
     failpoint("save.optimizer_written")
-    save_file(_contiguous(snapshot.rng), trainer / "rng.safetensors")
+    save_file(_contiguous(snapshot.rng), trainer / RNG_FILE)
     record = {"format_version": FORMAT_VERSION, **snapshot.record}
     (trainer / "trainer.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
     failpoint("save.trainer_written")
@@ -218,12 +226,24 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def load_trainer(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """(trainer.json, optimizer tensors, RNG tensors) of a verified checkpoint, on the CPU."""
-    record = read_record(folder)
+def load_rng(folder: Path) -> dict[str, Tensor]:
+    """The states of the random generators of a verified checkpoint. Raises CheckpointError if they cannot be read."""
+    path = folder / "trainer" / RNG_FILE
     try:
-        optimizer = load_file(folder / "trainer" / "optimizer.safetensors")
-        rng = load_file(folder / "trainer" / "rng.safetensors")
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / 'trainer'} must hold readable safetensors; found: {error}") from error
-    return record, optimizer, rng
+        raise CheckpointError(f"{path} must hold readable safetensors; found: {error}") from error
+
+
+@contextmanager
+def open_optimizer(folder: Path) -> Iterator[dict[str, Any]]:
+    """The optimizer's tensors of a verified checkpoint, not read yet: `tensors[name][first:end]` reads rows of one.
+
+    Raises CheckpointError if they cannot be read.
+    """
+    path = folder / "trainer" / OPTIMIZER_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} must hold readable safetensors; found: {error}") from error

@@ -37,12 +37,14 @@ _FIELDS_1 = {
 
 
 def config_digest(config: RunConfig, version: int = DIGEST_VERSION) -> str:
-    """SHA-256 of everything in the configuration but the layout of the work (`parallel`) and the place of the data.
+    """SHA-256 of everything in the configuration but the layout of the work (`parallel`), the place of the data and
+    what follows a checkpoint that could not be written.
 
     Version 2 hashes the fields that are not at their defaults. Version 1 hashed the TOML of all its fields; newer
     fields enter it only where they are not at their defaults, hence no digest of then equals such a configuration's.
     """
-    same = replace(config, parallel=Parallel(), data=replace(config.data, path=None))
+    saving = replace(config.saving, on_error=Saving().on_error)
+    same = replace(config, parallel=Parallel(), data=replace(config.data, path=None), saving=saving)
     if version == 1:
         text = run_to_toml(_fields_of_version_1(same))
     else:

@@ -154,7 +154,10 @@ class Saving:
     early: bool = True
     """Also at steps 1, 2, 4, 8, … below the first regular one, where learning is fastest."""
     keep: int | None = None
-    """Newest regular checkpoints to keep; early, stage-end and milestone ones stay. Absent: all."""
+    """Newest regular checkpoints to keep, counting verified ones only; early and stage-end ones stay. Absent: all."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What follows a checkpoint that could not be written, after the repeats: the run stops, or it continues and the
+    next checkpoint is tried at its time. The run's last one must succeed."""
 
     def __post_init__(self) -> None:
         require_positive("saving", every_tokens=self.every_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ from tinylab.runs.durable import disk_error
 
 MAX_HEADER_BYTES = 10_000_000
 MAX_SHARD_BYTES = 5_000_000_000
+FILE_METADATA = {"format": "pt"}
+"""What transformers asks of a safetensors file."""
 _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -92,20 +94,36 @@ def save_weights(
 ) -> list[str]:
     """Write our state as `model-*.safetensors` and their weight map into `folder`; the names of all files written.
 
-    Each file holds at most `max_shard_bytes` of tensors, or a single larger one. Raises CheckpointError (full disk,
-    no permission); giving the folder its final name is up to the caller.
+    Raises as `write_weight_files` does; giving the folder its final name is up to the caller.
+    """
+    tensors = to_huggingface(state, config)
+
+    def write(path: Path, names: list[str]) -> None:
+        save_file({name: tensors[name].to("cpu").contiguous() for name in names}, path, metadata=FILE_METADATA)
+
+    return write_weight_files({name: t.nbytes for name, t in tensors.items()}, folder, write, max_shard_bytes)
+
+
+def write_weight_files(
+    sizes: Mapping[str, int],
+    folder: str | Path,
+    write: Callable[[Path, list[str]], None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[str]:
+    """Have `write` make each `model-*.safetensors` from the names of its tensors, and write their weight map.
+
+    `sizes` are the bytes of each tensor, under Hugging Face's names and in the order of the model. Each file holds at
+    most `max_shard_bytes` of tensors, or a single larger one. Raises CheckpointError (full disk, no permission).
     """
     folder = Path(folder)
-    tensors = to_huggingface(state, config)
-    shards = list(_shards(tensors, max_shard_bytes))
-    total = sum(t.nbytes for t in tensors.values())
+    shards = list(_shards(sizes, max_shard_bytes))
+    total = sum(sizes.values())
     weight_map: dict[str, str] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for i, names in enumerate(shards, 1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            shard = {name: tensors[name].to("cpu").contiguous() for name in names}
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            write(folder / file, names)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -119,14 +137,14 @@ def save_weights(
     return [*dict.fromkeys(weight_map.values()), INDEX]
 
 
-def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
+def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
     """Names of the tensors of each file, in order."""
     names: list[str] = []
     filled = 0
-    for name, tensor in tensors.items():
-        if names and filled + tensor.nbytes > max_bytes:
+    for name, size in sizes.items():
+        if names and filled + size > max_bytes:
             yield names
             names, filled = [], 0
         names.append(name)
-        filled += tensor.nbytes
+        filled += size
     yield names

@@ -92,7 +92,7 @@ def _steps(
     meter = Meter(config, context)
     for batch in meter.timed(loader):
         hooks.checkpoints(checkpointer.poll())
-        data_hash, targets, stopping = agree(context, batch, stop.requested())
+        data_hash, targets, stopping = agree(context, batch, stop.requested() or checkpointer.failed)
         if stopping:
             if checkpointer.saved_step != state.step:
                 checkpointer.save(state)
