@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # the first optimizer would import it in every child
+import torch.distributed.checkpoint.hf_storage  # as would the first save of several ranks
+import torch.distributed.fsdp
 
 import tinylab
 from tinylab.checkpoint.retention import saves_at
@@ -89,6 +91,8 @@ def run_child(request: dict, stderr: int) -> int:
     os.dup2(stderr, 2)
     faulthandler.dump_traceback_later(60.0, exit=True)  # a hang shows where
     os.environ.update(request["env"])
+    if request.get("failpoint_rank") not in (None, int(os.environ.get("RANK", "0"))):
+        del os.environ["TINYLAB_FAILPOINT"]
     if request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     run = Run(request["run"])

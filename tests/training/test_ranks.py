@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tinylab.config.io import override
+from tinylab.formats.huggingface import save_weights
+from tinylab.formats.load import load_folder
+from tinylab.model.names import to_huggingface
 from tinylab.runs.folder import Run
 
 
@@ -28,6 +34,23 @@ def test_two_ranks_consume_the_samples_of_one_and_lose_alike(
             # The same sums in another order, in fp32 (reliability goal: 1e-5).
             assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-5)
     assert ended.stderr.count("step 24/24") == 1, "one rank reports"
+    require_files_of_one_process(run.checkpoints()[-1], tmp_path)
+
+
+def require_files_of_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    """The folder is what one process would have saved, byte for byte, and transformers reads it."""
+    model = load_folder(checkpoint)
+    for name in save_weights(model.state_dict(), model.config, tmp_path / "again"):
+        assert (checkpoint / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    optimizer = checkpoint / "trainer" / "optimizer.safetensors"
+    moments = load_file(optimizer)
+    for name, weight in model.named_parameters():
+        assert moments[f"{name}.exp_avg"].shape == weight.shape and moments[f"{name}.step"] == 24
+    save_file(moments, tmp_path / "optimizer.safetensors")
+    assert (tmp_path / "optimizer.safetensors").read_bytes() == optimizer.read_bytes()
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    for name, ours in to_huggingface(dict(model.named_parameters()), model.config).items():
+        assert torch.equal(theirs[name], ours) and theirs[name].dtype == torch.float32
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -26,9 +26,12 @@ from tinylab.runs.folder import Run, step_name
 from tinylab.runs.provenance import provenance
 from tinylab.training.job import Job
 
-FREE_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision") | {"data.path"}
-"""Keys that may change between two starts: the layout of the work, which shifts at most the last bits of the weights,
-and the place of the data, which their fingerprint in the checkpoint holds to be the same."""
+FREE_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision") | {
+    "data.path",
+    "saving.on_error",
+}
+"""Keys that may change between two starts: the layout of the work, which shifts at most the last bits of the weights;
+the place of the data, which their fingerprint in the checkpoint holds to be the same; what follows a failed save."""
 
 
 @contextmanager
