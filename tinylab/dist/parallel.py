@@ -155,14 +155,6 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
 
 
-def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Copies of whole tensors in CPU memory, one at a time, on ranks that `keep`; the others only take part."""
-    for name, tensor in tensors.items():
-        whole = whole_tensor(tensor.detach())
-        if keep:
-            yield name, whole.to("cpu", copy=True)
-
-
 def like(whole: Tensor, model_tensor: Tensor) -> Tensor:
     """`whole` laid out as `model_tensor`: moved to its device and, under FSDP2, cut to this rank's slice."""
     whole = whole.to(model_tensor.device)
