@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tinylab.catalog.reference import load_tokenizer as load_tokenizer
     from tinylab.config import presets as presets
     from tinylab.data.prepare import prepare as prepare
+    from tinylab.dist.handle import attach as attach
+    from tinylab.dist.launch import launch as launch
     from tinylab.evaluation.compare import compare as compare
     from tinylab.evaluation.evaluate import evaluate as evaluate
     from tinylab.evaluation.published import published as published
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 _NAMES = {
     "Run": "tinylab.runs.folder:Run",
     "Scores": "tinylab.evaluation.scores:Scores",
+    "attach": "tinylab.dist.handle:attach",
     "compare": "tinylab.evaluation.compare:compare",
     "evaluate": "tinylab.evaluation.evaluate:evaluate",
     "generate": "tinylab.model.generate:generate",
+    "launch": "tinylab.dist.launch:launch",
     "load_model": "tinylab.catalog.reference:load_model",
     "load_tokenizer": "tinylab.catalog.reference:load_tokenizer",
     "plan": "tinylab.planner:plan",

@@ -22,6 +22,8 @@ TIMEOUT_S = 600.0
 """How long a collective may wait for a slow or dead rank."""
 POLL_S = 0.2
 """How often a waiting rank looks for rank 0's note."""
+OTHERS_GONE = "found another one gone or silent"
+"""In the message of a rank that ends only because another one did."""
 T = TypeVar("T")
 
 
@@ -169,7 +171,7 @@ def other_ranks_alive(context: Context, step: Callable[[], int] | None = None) -
             raise
         where = "before the first step" if step is None else f"after step {step()}"
         raise LaunchError(
-            f"all {context.world} ranks must live to the end; rank {context.rank} found another one gone or silent "
+            f"all {context.world} ranks must live to the end; rank {context.rank} {OTHERS_GONE} "
             f"{where}. That rank's own message says why; then repeat the same command to go on. Found: {error}"
         ) from error
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from tinylab.config.counts import format_count, format_duration
 from tinylab.html import parts
 from tinylab.html.tables import table_html
 from tinylab.plots.training import loss_curves
-from tinylab.runs.durable import read_lines
 from tinylab.runs.folder import Run
+from tinylab.runs.following import MetricsReader
 from tinylab.widgets.show import Html
 
 INTERVAL_S = 1.0
@@ -20,9 +19,6 @@ INTERVAL_S = 1.0
 
 REST = 15.0
 """The view rests this many times as long as an update took, so that it takes little from a trainer beside it."""
-
-TAIL = 1024
-"""Bytes before the offset, a line or two, that must be unchanged: a resume cuts lines off and writes others."""
 
 
 class Monitor:
@@ -33,24 +29,16 @@ class Monitor:
 
     def __init__(self, run: Run | str) -> None:
         self.run = run if isinstance(run, Run) else Run(run)
-        self._records: list[dict[str, Any]] = []
-        self._offset = 0
-        self._tail = b""
+        self._reader = MetricsReader(self.run.metrics_path)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._handle: Any = None
 
     def read(self) -> list[dict[str, Any]]:
-        """Every metrics line so far. Only new lines are read; after a resume that cut lines off, all are read again."""
-        path = self.run.metrics_path
+        """Every metrics line so far."""
         with self._lock:
-            if _before(path, self._offset, len(self._tail)) != self._tail:
-                self._records, self._offset = [], 0
-            new, self._offset = read_lines(path, self._offset)
-            self._records += new
-            self._tail = _before(path, self._offset, TAIL)
-            return list(self._records)
+            return self._reader.read()
 
     def summary(self) -> dict[str, str]:
         """The state of the run in words and numbers with units."""
@@ -128,16 +116,6 @@ class Monitor:
             start = time.perf_counter()
             self.show()
             rest = max(INTERVAL_S, REST * (time.perf_counter() - start))
-
-
-def _before(path: Path, offset: int, size: int) -> bytes:
-    """The `size` bytes before `offset`; fewer where the file has no more."""
-    if not path.exists():
-        return b""
-    start = max(0, offset - size)
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(offset - start)
 
 
 def _state(status: dict[str, Any], run: Run) -> str:
