@@ -307,8 +307,8 @@ def _told(rank: int, code: int, logs: RankLogs) -> str:
 
 def last_message(text: str) -> str:
     """The last message of the command line in a log; where there is none, its last lines."""
-    before, found, message = f"\n{text}".rpartition(f"\n{MESSAGE}")
-    return (message if found else "\n".join(before.splitlines()[-8:])).strip()
+    _, found, message = f"\n{text}".rpartition(f"\n{MESSAGE}")
+    return (message if found else "\n".join(message.splitlines()[-8:])).strip()
 
 
 if __name__ == "__main__":
