@@ -22,7 +22,7 @@ from tinylab.config.schema import Data, RunConfig, Saving, Source
 from tinylab.config.stages import Schedule, Stage
 from tinylab.dist.context import Context
 from tinylab.errors import CheckpointError
-from tinylab.runs import metrics
+from tinylab.runs import sealed_log
 from tinylab.runs.folder import Run
 
 CONFIG = RunConfig(
@@ -151,14 +151,14 @@ def test_the_lines_of_the_covered_steps_reach_the_device_before_the_commit(
 ):
     events: list[str] = []
     commit = module.commit_checkpoint
-    monkeypatch.setattr(metrics, "fsync_path", lambda path: events.append(path.name))
+    monkeypatch.setattr(sealed_log, "fsync_path", lambda path: events.append(str(path.relative_to(run.path))))
     monkeypatch.setattr(module, "commit_checkpoint", lambda *a: (events.append("commit"), commit(*a))[1])
     run.metrics_path.write_text('{"step": 1}\n')
     state = checkpointer.resume()
     advance(state)
     checkpointer.save(state)
     checkpointer.close()
-    assert events == ["metrics.jsonl", "commit"]
+    assert events == ["metrics.jsonl", "sealed/metrics.jsonl", "commit"]
 
 
 def test_nothing_is_committed_into_a_folder_that_replaced_the_runs(run: Run, shards: Any, held: threading.Event):

@@ -244,14 +244,14 @@ def test_a_checkpoint_is_never_replaced(run: Run, shards: Any):
 
 def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(run: Run, shards: Any, monkeypatch: Any):
     save(run, shards, 10, 20)
-    read_text = Path.read_text
+    real = os.open
 
-    def forbidden(path: Path, *args: Any, **kwargs: Any) -> str:
-        if path.name == "manifest.json" and path.parent.name == "step-00000020":
+    def forbidden(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("step-00000020/manifest.json"):
             raise PermissionError(13, "Permission denied")
-        return read_text(path, *args, **kwargs)
+        return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_text", forbidden)
+    monkeypatch.setattr(os, "open", forbidden)
     with pytest.raises(CheckpointError, match=r"cannot read .*step-00000020: Permission denied; check the path"):
         latest_good(run)
     assert len(run.checkpoints()) == 2 and not (run.path / "quarantine").exists()

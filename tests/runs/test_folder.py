@@ -14,7 +14,8 @@ import pytest
 
 from tinylab.config.presets import tiny
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
-from tinylab.runs.folder import STALE_HEARTBEAT_S, Run, home, list_runs, resolve_run, step_name, step_of
+from tinylab.runs.folder import Run, home, list_runs, resolve_run, step_name, step_of
+from tinylab.runs.status import STALE_HEARTBEAT_S
 
 HOLD = """
 import sys, time
@@ -218,7 +219,7 @@ def test_the_journal_keeps_order_and_survives_a_torn_line(run: Run):
     with open(run.journal_path, "a") as file:
         file.write('{"event": "comm')
     assert [(e["event"], e["step"]) for e in run.journal()] == [("started", 0), ("committed", 5)]
-    run.repair_journal()
+    run.journal_log.repair([])
     run.write_journal("resumed", step=5)
     assert [e["event"] for e in run.journal()] == ["started", "committed", "resumed"]
     times = [e["time"] for e in run.journal()]

@@ -32,7 +32,6 @@ from tinylab.dist.parallel import layout_of
 from tinylab.errors import CheckpointError
 from tinylab.runs.durable import disk_error, failpoint
 from tinylab.runs.folder import Run, step_of
-from tinylab.runs.metrics import MetricsLog
 
 PAUSES_S = (1.0, 5.0)
 """Before each repeat of a save that failed."""
@@ -74,7 +73,8 @@ class Checkpointer:
             self._raise_failure()
         self._failure = None
         weights, optimizer = dict(state.model.named_parameters()), optimizer_tensors(state)
-        record = self._record(state) | {"optimizer_tensors": len(optimizer)}
+        seals = self._run.seal() if self._context.is_main else {}
+        record = self._record(state) | {"optimizer_tensors": len(optimizer)} | seals
         snapshot = take_snapshot(weights, optimizer, self._context, record, self._memory)
         self.saved_step = state.step
         self._saves += 1
@@ -186,7 +186,7 @@ class Checkpointer:
 
         alone = self._context.world == 1
         try:
-            MetricsLog(self._run.metrics_path).sync()  # the lines of the steps that the checkpoint covers
+            self._run.sync()  # the lines that the checkpoint seals
             failpoint("save.metrics_synced")
             args = (self._run, snapshot, self._config.model, self._shards)
             folder = commit_checkpoint(*args) if alone else commit_checkpoint(*args, gather)

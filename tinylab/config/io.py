@@ -21,11 +21,16 @@ MAX_BYTES = 1_000_000
 
 def load_run(path: str | Path) -> RunConfig:
     """The run configuration in a TOML file. Raises ConfigError naming the file and every problem."""
+    return parse_run(read_text(Path(path), "configuration").encode(), where=str(path))
+
+
+def parse_run(content: bytes, where: str) -> RunConfig:
+    """The run configuration in the bytes of a TOML file. Raises ConfigError with `where` and every problem."""
     try:
-        values = tomllib.loads(read_text(Path(path), "configuration"))
+        values = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    return run_from_dict(values, where=str(path))
+        raise ConfigError(f"{where} is not valid TOML: {error}") from error
+    return run_from_dict(values, where=where)
 
 
 def run_from_dict(values: dict[str, Any], where: str = "configuration") -> RunConfig:
@@ -116,9 +121,13 @@ def _parse_value(text: str, key: str) -> Any:
 def read_text(path: Path, kind: str) -> str:
     """The text of a file that a user wrote. Raises ConfigError if it cannot be read or is larger than 1 MB."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} must be at most {MAX_BYTES} bytes; found {path.stat().st_size}")
-        return path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(
+                f"{path} must be at most {MAX_BYTES} bytes; found {max(len(content), path.stat().st_size)}"
+            )
+        return content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the {kind} {path}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""A run is a folder: paths, lock, status with heartbeat, journal, and what views read from it."""
+"""A run is a folder: paths, lock, status, journal, metrics, and what views read from it."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ import json
 import os
 import re
 import socket
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylab.config.io import load_run, run_to_toml
+from tinylab.config.io import parse_run, run_to_toml
 from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
-from tinylab.runs.durable import (
-    append_line,
-    disk_error,
-    failpoint,
-    process_exists,
-    read_lines,
-    repair_tail,
-    write_atomic,
-)
+from tinylab.runs.durable import disk_error, failpoint, write_atomic
+from tinylab.runs.journal import JournalLog
+from tinylab.runs.metrics import MetricsLog
+from tinylab.runs.regular import open_regular, read_regular
+from tinylab.runs.status import new_status, read_status
 
 if TYPE_CHECKING:
     import pandas
 
-STALE_HEARTBEAT_S = 120.0
+MAX_CONFIG_BYTES = 1_000_000
+RESERVE_BYTES = 16_384
+"""Of a run's disk, held by its lock file: room for its last words when the disk is full."""
+LAST_WORDS = ("stopped", "failed")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -46,10 +43,12 @@ def home() -> Path:
 
 
 def resolve_run(name: str | Path) -> Path:
-    """The folder of a run given as a path, or as a name below `runs/`. Raises ConfigError for an empty name."""
+    """The folder of a run given as a path, or as a name below `runs/`. Raises ConfigError for none, or with NUL."""
     text = str(name)
     if not text.strip():
         raise ConfigError(f"a run must have a name or a path; found {text!r}. Give one, such as mine")
+    if "\0" in text:
+        raise ConfigError(f"the path of a run must not hold NUL; found {text!r}. Give another")
     is_path = os.sep in text or text.startswith(("~", ".")) or (Path(text) / "config.toml").exists()
     return _expanded(text) if is_path else home() / "runs" / text
 
@@ -90,17 +89,18 @@ class Run:
         self.checkpoints_path = self.path / "checkpoints"
         self.evaluations_path = self.path / "evaluations"
         self.logs_path = self.path / "logs"
+        self.journal_log = JournalLog(self.journal_path)
+        self.metrics_log = MetricsLog(self.metrics_path)
         self._lock_path = self.path / "lock"
         self._lock: int | None = None
-        self._journaling = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
     @property
     def name(self) -> str:
-        """Name of the run: that of its folder."""
-        return self.path.name
+        """Name of the run: that of its folder, control characters spelled out."""
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.path.name)
 
     def exists(self) -> bool:
         """Whether the folder holds a run (it has a configuration)."""
@@ -117,7 +117,8 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The whole resolved configuration."""
-        return load_run(self.require().config_path)
+        path = self.require().config_path
+        return parse_run(read_regular(path, MAX_CONFIG_BYTES), where=str(path))
 
     def create(self, config: RunConfig, provenance: dict[str, Any]) -> None:
         """Make the folder with its configuration and provenance, private to the user."""
@@ -136,24 +137,25 @@ class Run:
 
         Raises CheckpointError naming the holder when another process trains here.
         """
-        path = self._lock_path
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = open_regular(self._lock_path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise disk_error(path, error) from error
+            raise disk_error(self._lock_path, error) from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(descriptor, 200).decode(errors="replace") or "unknown"
+                holder = os.read(descriptor, 200).rstrip(b"\0").decode(errors="replace") or "unknown"
                 raise CheckpointError(
                     f"{self.path} must have one trainer at a time; found another ({holder}). "
                     "Wait for it, stop it, or choose another run folder"
                 ) from None
             except OSError as error:
-                raise disk_error(path, error) from error
+                raise disk_error(self._lock_path, error) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            with suppress(OSError):
+                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
             self._lock = descriptor
             yield
         finally:
@@ -178,42 +180,40 @@ class Run:
             )
 
     def write_status(self, state: str, step: int, **more: Any) -> None:
-        """Replace `status.json`: state (`running`, `done`, `stopped`, `failed`), step, pid, host, heartbeat (s)."""
-        record = {"state": state, "step": step, "pid": os.getpid(), "host": socket.gethostname()}
-        record |= {"heartbeat": time.time(), **more}
-        write_atomic(self.status_path, json.dumps(record), sync=False)
+        """Replace `status.json`: state (`running`, `done`, `stopped`, `failed`), step, and as `new_status` says."""
+        content = json.dumps(new_status(state, step, **more))
+        self._write(state, lambda: write_atomic(self.status_path, content, sync=False))
 
     def status(self) -> dict[str, Any]:
-        """The last status, or state `none` where there is no readable one.
-
-        `state` is `lost` when it says running but the heartbeat is stale or the process is gone.
-        """
-        try:
-            status = json.loads(self.status_path.read_text(encoding="utf-8"))
-            if status["state"] == "running" and not self._is_alive(status):
-                status["state"] = "lost"
-        except (OSError, ValueError, TypeError, KeyError):
-            return {"state": "none", "step": 0}
-        return status
-
-    @staticmethod
-    def _is_alive(status: dict[str, Any]) -> bool:
-        if status.get("host") == socket.gethostname() and not process_exists(int(status["pid"])):
-            return False
-        return time.time() - float(status["heartbeat"]) < STALE_HEARTBEAT_S
+        """The last status: `none` where there is no readable one, `lost` (with `reason`) where it no longer holds."""
+        return read_status(self.status_path)
 
     def write_journal(self, event: str, **more: Any) -> None:
         """Append one fsynced line: event, time (Unix s), and what belongs to it."""
-        with self._journaling:
-            append_line(self.journal_path, {"event": event, "time": time.time(), **more}, sync=True)
+        self._write(event, lambda: self.journal_log.write(event, **more))
 
-    def repair_journal(self) -> None:
-        """Cut a torn last line, as a kill in the middle of an append leaves it."""
-        repair_tail(self.journal_path)
+    def _write(self, what: str, write: Callable[[], None]) -> None:
+        """Write; how a run ended may use the room that its lock holds on a full disk."""
+        try:
+            write()
+        except CheckpointError:
+            if self._lock is None or what not in LAST_WORDS:
+                raise
+            os.ftruncate(self._lock, 0)
+            write()
 
     def journal(self) -> list[dict[str, Any]]:
-        """Every complete journal line, oldest first."""
-        return read_lines(self.journal_path)[0]
+        """Every complete journal line, oldest first. Raises CheckpointError naming a damaged one."""
+        return self.journal_log.records()
+
+    def seal(self) -> dict[str, Any]:
+        """Seal the lines of metrics and journal so far: the two seals that `trainer.json` holds."""
+        return {"metrics": self.metrics_log.seal(), "journal": self.journal_log.seal()}
+
+    def sync(self) -> None:
+        """Flush metrics, journal and their sealed copies to the device; called before a checkpoint commits."""
+        self.metrics_log.sync()
+        self.journal_log.sync()
 
     def metrics(self) -> pandas.DataFrame:
         """One row per optimizer step (runs/metrics.py names the columns and units)."""
@@ -222,8 +222,8 @@ class Run:
         return pandas.DataFrame(self.metric_records())
 
     def metric_records(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` as dictionaries."""
-        return read_lines(self.metrics_path)[0]
+        """The lines of `metrics.jsonl` as dictionaries. Raises CheckpointError naming a damaged one."""
+        return self.metrics_log.records()
 
     def checkpoints(self) -> list[Path]:
         """Folders of complete checkpoints (they have a manifest), by step as an integer, oldest first."""

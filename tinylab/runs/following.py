@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylab.runs.durable import read_lines
+from tinylab.runs.regular import open_regular
 
 TAIL = 1024
 """Bytes before the offset, a line or two, that must be unchanged: a resume cuts lines off and writes others."""
@@ -35,6 +36,6 @@ def _before(path: Path, offset: int, size: int) -> bytes:
     if not path.exists():
         return b""
     start = max(0, offset - size)
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         file.seek(start)
         return file.read(offset - start)

@@ -21,6 +21,7 @@ from typing import Any
 
 from tinylab.errors import CheckpointError
 from tinylab.runs.durable import disk_error, failpoint, fsync_path, process_exists, write_atomic
+from tinylab.runs.regular import open_regular, read_json
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
@@ -32,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with open(open_regular(path, follow=True), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -100,12 +101,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's `files`. Raises CheckpointError when it is missing or malformed, PermissionError if forbidden."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, follow=True)  # a link is reported as such, beside all other problems
     except FileNotFoundError:
         raise CheckpointError(f"{path} must exist in a committed folder; found none: the save never ended") from None
     except PermissionError:
         raise  # no damage: nothing is known about the content
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} must be a readable manifest; found: {error}") from error
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(

@@ -11,12 +11,13 @@ import torch
 
 from tinylab.config.schema import RunConfig
 from tinylab.dist.context import Context
-from tinylab.errors import ConfigError
+from tinylab.errors import CheckpointError, ConfigError
 from tinylab.model.attention import BACKENDS, TORCH
 from tinylab.model.attention_choice import choose_attention
 from tinylab.model.precision import resolve_precision
 from tinylab.runs.durable import write_atomic
 from tinylab.runs.folder import Run
+from tinylab.runs.regular import read_json
 
 
 def choose_backend(config: RunConfig, run: Run, context: Context) -> dict[str, Any]:
@@ -68,5 +69,8 @@ def keep_choice(choice: dict[str, Any], run: Run) -> None:
 
 
 def _kept(run: Run) -> dict[str, Any]:
-    """The choice kept in the run; empty where there is none."""
-    return json.loads(run.attention_path.read_text()) if run.attention_path.exists() else {}
+    """The choice kept in the run; empty where there is none that can be read: it is then made anew."""
+    with suppress(CheckpointError, FileNotFoundError):
+        kept = read_json(run.attention_path)
+        return kept if isinstance(kept, dict) and {"name", "median_s"} <= kept.keys() else {}
+    return {}

@@ -23,4 +23,4 @@ class Job:
     @property
     def log(self) -> MetricsLog:
         """The run's `metrics.jsonl`; rank 0 writes it."""
-        return MetricsLog(self.run.metrics_path)
+        return self.run.metrics_log

@@ -1,4 +1,4 @@
-"""Before the first step: a new run folder or an old one to go on with, and everything that must fit checked first."""
+"""Before the first step: a run folder made or resumed, its records repaired, and everything checked that must fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinylab.checkpoint.retention import prune
+from tinylab.checkpoint.retention import is_permanent, prune
 from tinylab.checkpoint.store import latest_good, read_record
 from tinylab.config.digest import config_digest
 from tinylab.config.io import run_to_dict, run_to_toml
@@ -22,8 +22,9 @@ from tinylab.dist.context import Context
 from tinylab.dist.parallel import layout_of
 from tinylab.errors import CheckpointError, ConfigError, DataError
 from tinylab.runs.durable import disk_error, failpoint, write_atomic
-from tinylab.runs.folder import Run, step_name
+from tinylab.runs.folder import Run, step_name, step_of
 from tinylab.runs.provenance import provenance
+from tinylab.runs.sealed_log import stored_seals
 from tinylab.training.job import Job
 
 FREE_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision") | {
@@ -68,23 +69,57 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
         for file in (run.config_path, run.provenance_path, run.status_path, run.attention_path):
             for torn in run.path.glob(f".{file.name}.*.tmp"):
                 torn.unlink()
-        run.repair_journal()
-        if run.exists():
+        notes = run.journal_log.repair(stored_seals(run.checkpoints(), "journal"))
+        repaired = bool(notes)
+        if run.exists() and _has_begun(run):
             _require_same(config, run)
         else:
             failpoint("open.locked")
             run.create(config, provenance())
             failpoint("open.created")
         run.checkpoints_path.mkdir(mode=0o700, exist_ok=True)
-        checkpoint, notes = latest_good(run)
+        checkpoint, damaged = latest_good(run)
+        step = read_record(checkpoint)["step"] if checkpoint else 0
+        notes += [*damaged, *_missing_checkpoints(config, run, step)]
+        sealed = [p for p in run.checkpoints() if (step_of(p.name) or 0) <= step]
+        found = run.metrics_log.repair(stored_seals(sealed, "metrics"))
+        notes += found
+        if repaired or found:
+            run.write_journal("repaired", step=step, problems=notes)
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
         if checkpoint:
             _require_own(config, checkpoint)
             prune(run, config)
-        step = read_record(checkpoint)["step"] if checkpoint else 0
+        if step == config.steps:
+            run.metrics_log.cut_after(step)
     step = context.sum_integers([step])[0]
     return run.checkpoints_path / step_name(step) if step else None
+
+
+def _has_begun(run: Run) -> bool:
+    """Whether anything was trained: until then, the folder belongs to no configuration."""
+    return bool(run.checkpoints()) or any(line["event"] == "started" for line in run.journal())
+
+
+def _missing_checkpoints(config: RunConfig, run: Run, step: int) -> list[str]:
+    """A sentence on each checkpoint that was committed and that retention would keep, but that is not there.
+
+    A journal without a `committed` line beside checkpoints was itself lost, and is mentioned.
+    """
+    journal, there = run.journal(), {step_of(p.name) for p in run.checkpoints()}
+    committed = sorted({line["step"] for line in journal if line["event"] == "committed"})
+    aside = {line.get("step") for line in journal if line["event"] == "quarantined"}
+    regular = [s for s in committed if not is_permanent(config, s)]
+    pruned = set(regular[: -config.saving.keep]) if config.saving.keep is not None else set()
+    gone = [s for s in committed if s not in there | aside | pruned]
+    notes = []
+    if gone:
+        names = ", ".join(map(step_name, gone[:5])) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+        notes.append(f"{run.checkpoints_path} lacks what was committed: {names}; the run continues after step {step}")
+    if there and not any(line["event"] == "started" for line in journal):
+        notes.append(f"{run.journal_path} does not say how the run began: earlier events are missing")
+    return notes
 
 
 def _require_same(config: RunConfig, run: Run) -> None:
@@ -171,14 +206,14 @@ def begin_lineage(job: Job, checkpoint: Path | None) -> None:
     record = read_record(checkpoint) if checkpoint else {}
     step = record.get("step", 0)
     layout = layout_of(job.config.parallel, job.context)
-    begun = any(line["event"] == "started" for line in job.run.journal())
+    begun = checkpoint is not None or any(line["event"] == "started" for line in job.run.journal())
     repeated = job.log.cut_after(step)
     failpoint("begin.metrics_cut")
     fingerprint = job.shards.fingerprint
     more: dict[str, Any] = {"step": step, "tokens": job.config.tokens_at(step), "data_fingerprint": fingerprint}
     if begun:
         more["repeated_steps"] = len(repeated)
-        more["repeated_s"] = round(sum(line["step_time_s"] for line in repeated), 3)
+        more["repeated_s"] = round(sum(line.get("step_time_s") or 0.0 for line in repeated), 3)
         more["changed"] = {k: [record[k], v] for k, v in layout.items() if record.get(k, v) != v}
     job.run.write_journal("resumed" if begun else "started", **more, **layout)
     failpoint("begin.journaled")

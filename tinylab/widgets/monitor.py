@@ -126,6 +126,6 @@ def _state(status: dict[str, Any], run: Run) -> str:
         "none": "not started",
         "stopped": "stopped after a checkpoint; run again to resume",
         "failed": "failed; see the journal",
-        "lost": "lost: the status says running, but the process is gone; run again to resume",
+        "lost": f"lost: {status.get('reason')}; run again to resume",
     }
     return f"{words.get(state, state)} ({run.name})"
