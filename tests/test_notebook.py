@@ -205,6 +205,17 @@ def test_an_error_in_a_cell_keeps_its_kind_and_the_executed_copy(tmp_path: Path,
     assert nbformat.read(tmp_path / "b.ipynb", 4).cells
 
 
+def test_a_cell_of_one_line_is_python_and_no_command_of_ipython(tmp_path: Path):
+    source = make_notebook(tmp_path / "a.ipynb", "print(run.upper())", parameters='run: str = "x"')
+    assert "X" in outputs_of(run_notebook(source, tmp_path / "out.ipynb"))
+
+
+def test_a_notebook_of_a_hundred_thousand_brackets_is_one_message(tmp_path: Path):
+    (tmp_path / "deep.ipynb").write_text('{"cells": ' + "[" * 100_000)
+    with pytest.raises(ConfigError, match=r"deep\.ipynb must be a Jupyter notebook"):
+        notebook_parameters(tmp_path / "deep.ipynb")
+
+
 def test_kernels_of_one_folder_talk_through_sockets_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Else two notebooks started at the same moment may take the same ones, and both wait for ever."""
     monkeypatch.chdir(tmp_path)

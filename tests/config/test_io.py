@@ -121,6 +121,9 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path):
         ("[[stages]]\nmixture = 3\n", r"stages\.0\.mixture must be a section; found 3"),
         ("[[data.sources]]\nname = 'a'\n", r"data\.sources\.0: .*corpus"),
         ("x = " + "[" * 60 + "]" * 60, "unknown key x"),
+        (".".join("a" * 20_000) + " = 1\n", r"a key must have at most 50 parts; found a\.a\."),
+        ("[" + ' . "b"' * 20_000 + "]\n", "a key must have at most 50 parts"),
+        ("".join(f"[a{i}]\n" for i in range(500)), "unknown key a19; .*; and 480 more$"),
         ("x = " + "[" * 9999 + "]" * 9999, "is not valid TOML: "),
     ],
 )

@@ -130,6 +130,24 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path, monkeypatch):
             load_tokenizer_file(tmp_path / name)
 
 
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_replacements_that_blow_a_text_up_are_refused_before_they_run(trained, tmp_path, part):
+    trained.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 12
+    parts[part] = {"type": "Sequence", {"normalizer": "normalizers", "decoder": "decoders"}[part]: steps}
+    file.write_text(json.dumps(parts))
+    with pytest.raises(DataError, match=r"tokenizer\.json must not make a text .* may make it 1e\+12 times longer"):
+        load_tokenizer_file(file)
+
+
+def test_an_endless_file_is_refused_without_reading_it(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"tokenizer\.json must be a file of at most 200,000,000 bytes"):
+        load_tokenizer_file(tmp_path)
+
+
 def test_a_hub_id_out_of_reach_says_what_to_do(monkeypatch, tmp_path):
     import huggingface_hub
 

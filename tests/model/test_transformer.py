@@ -15,6 +15,7 @@ from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.presets import tiny
 from tinylab.formats.huggingface import save_weights
 from tinylab.formats.huggingface_config import write_config
+from tinylab.model.rope import RopeTables
 from tinylab.model.transformer import Llama
 
 BASE = Model(
@@ -188,3 +189,10 @@ def test_setting_memory_aside_imports_no_compiler():
         "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_context_that_no_memory_holds_costs_nothing_until_it_is_used():
+    config = Model(vocab_size=16, n_layer=1, d_model=8, n_head=2, n_kv_head=1, d_ff=16, seq_len=10**12)
+    short, long = RopeTables(replace(config, seq_len=64)), RopeTables(config)
+    for expected, found in zip(short.at(3, 40, torch.device("cpu")), long.at(3, 40, torch.device("cpu")), strict=True):
+        assert torch.equal(expected, found)

@@ -17,6 +17,10 @@ from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1_000_000
+MAX_PROBLEMS = 20
+"""Of one configuration, in one message."""
+_LONG_KEY = re.compile(r"""(?:[\w"'-]+\s*\.\s*){50}""")
+"""No configuration is that deep, and tomllib takes quadratic time and memory for it."""
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -27,7 +31,10 @@ def load_run(path: str | Path) -> RunConfig:
 def parse_run(content: bytes, where: str) -> RunConfig:
     """The run configuration in the bytes of a TOML file. Raises ConfigError with `where` and every problem."""
     try:
-        values = tomllib.loads(content.decode())
+        text = content.decode()
+        if found := _LONG_KEY.search(text):
+            raise ConfigError(f"{where}: a key must have at most 50 parts; found {found[0][:40]}… Check that line")
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid TOML: {error}") from error
     return run_from_dict(values, where=where)
@@ -38,7 +45,9 @@ def run_from_dict(values: dict[str, Any], where: str = "configuration") -> RunCo
     problems: list[str] = []
     result = _build(RunConfig, values, "", problems)
     if problems:
-        raise ConfigError(f"{where}: " + "; ".join(problems))
+        more = len(problems) - MAX_PROBLEMS
+        shown = [*problems[:MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+        raise ConfigError(f"{where}: " + "; ".join(shown))
     return result
 
 

@@ -44,7 +44,8 @@ class RopeTables:
     def at(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines (stop - start, 1, D), each angle twice, of positions start, …, stop - 1."""
         if device not in self._tables or self._tables[device][0].shape[0] < stop:
-            length = max(stop, self._config.seq_len)
+            # All positions of the context at once, but for a context that no memory would hold.
+            length = max(stop, min(self._config.seq_len, max(2 * stop, 2**20)))
             # Normal tensors even if the first caller is in inference mode: training may follow.
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(length, dtype=torch.float32)

@@ -106,6 +106,8 @@ class TinylabEngine(NBClientEngine):
         with TemporaryDirectory(prefix="tinylab-kernel-") as folder:
             if kernel_name in ("python3", "tinylab"):
                 final |= {"kernel_manager_class": InterpreterKernel, "config": _private_sockets(Path(folder))}
+                # Otherwise IPython takes a cell of one line, `run: str = "x"`, for its command %run.
+                final["extra_arguments"] = ["--InteractiveShell.automagic=False"]
             client = Client(nb_man, **final)
             with _signals(client):
                 try:

@@ -52,7 +52,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
         source = "".join(tagged[0]["source"]) if tagged else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} must be a Jupyter notebook (nbformat 4); found: {error!r}") from error
     return read_cell(source, f"{path}, parameters cell")
 

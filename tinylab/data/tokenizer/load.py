@@ -7,6 +7,7 @@ transformers' conversion of Llama's file decodes to the right text and has other
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,10 @@ from tinylab.data.tokenizer.adversarial import SAMPLE
 from tinylab.data.tokenizer.encode import CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer
 from tinylab.errors import DataError
 
+MAX_BYTES = 200_000_000
+"""Of a tokenizer's file: far above the largest published ones."""
+MAX_GROWTH = 1000
+"""How many times longer a tokenizer's replacements may make a text, taken together."""
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -48,7 +53,13 @@ def load_tokenizer_file(path: str | Path) -> Tokenizer:
     if beside and (folder / CONFIG_FILE).exists():
         settings = _parse_json(folder / CONFIG_FILE, _read(folder / CONFIG_FILE))
     if json_text is not None:
-        _parse_json(json_file, json_text)
+        parts = _parse_json(json_file, json_text)
+        growth = max(_growth(parts.get(part)) for part in ("normalizer", "decoder"))
+        if growth > MAX_GROWTH:
+            raise DataError(
+                f"the replacements of {json_file} must not make a text more than {MAX_GROWTH} times longer; they may "
+                f"make it {growth:.3g} times longer. Use the tokenizer's own file"
+            )
     try:
         text = None if json_text is None else json_text.decode()
         if model is not None:
@@ -111,9 +122,24 @@ def _with_model(model: bytes, json_text: str | None, settings: dict[str, Any]) -
 
 def _read(path: Path) -> bytes:
     try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path} must be a file of at most {MAX_BYTES:,} bytes. Use the tokenizer's own file")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} must be readable; found: {error.strerror}. Check its permissions") from error
+
+
+def _growth(part: Any) -> float:
+    """How many times longer the Replace steps in a part of tokenizer.json may make a text, one after another."""
+    if not isinstance(part, dict):
+        return 1.0
+    steps = part.get("normalizers") or part.get("decoders")
+    growth = math.prod(map(_growth, steps)) if isinstance(steps, list) else 1.0
+    if part.get("type") == "Replace":
+        pattern, content = part.get("pattern"), part.get("content")
+        text = pattern.get("String") if isinstance(pattern, dict) else None
+        growth *= max(1.0, len(str(content)) / (len(text) if isinstance(text, str) and text else 1))
+    return growth
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
