@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylab.checkpoint.state import build_state
+from tinylab.checkpoint.state import TrainState, build_state
 from tinylab.config.architecture import Model
 from tinylab.config.presets import preset as find_preset
 from tinylab.config.schema import RunConfig
@@ -57,14 +57,21 @@ def bench_train(
     if device != "auto":
         config = replace(config, parallel=replace(config.parallel, device="cuda" if device == "cuda" else "cpu"))
     with open_context(config.parallel) as context:
-        batches = _batches(config, context.device)
+        batches = random_batches(config, context.device)
         difference = _logit_difference(config, batches[0], context)
         fp32, bf16 = (PRECISIONS[name](context.device) for name in ("fp32", "bf16"))
         default, other = (bf16, fp32) if resolve_precision(context.device, "auto") == bf16 else (fp32, bf16)
+
+        def ours(precision: Precision) -> Callable[[], object]:
+            return our_step(build_state(config, context, None), config, batches, precision, context)
+
         contenders: dict[str, tuple[Precision, Callable[[], object]]] = {
-            "tinylab": (default, _our_step(config, batches, default, context)),
+            "tinylab": (default, ours(default)),
             "transformers": (fp32, _peer_step(config, batches, fp32, context)),
-            f"tinylab {other.name}": (other, _our_step(config, batches, other, context)),
+            f"tinylab {other.name}": (
+                other,
+                our_step(build_state(config, context, None), config, batches, other, context),
+            ),
             "transformers bf16": (bf16, _peer_step(config, batches, bf16, context)),
         }
         batch_tokens = config.stages[0].batch_tokens
@@ -108,7 +115,7 @@ def _ratios(rows: dict[str, dict[str, Any]], default: str, other: str) -> dict[s
     return {k + s: round(rows[a][key] / rows[b][key], 3) for s, key in kinds for k, (a, b) in pairs.items()}
 
 
-def _batches(config: RunConfig, device: torch.device) -> list[MicroBatch]:
+def random_batches(config: RunConfig, device: torch.device) -> list[MicroBatch]:
     """The micro-batches of one step: ids drawn once with the Zipf distribution of words in a text."""
     T, V = config.model.seq_len, config.model.vocab_size
     sequences = config.stages[0].batch_tokens // T
@@ -118,11 +125,10 @@ def _batches(config: RunConfig, device: torch.device) -> list[MicroBatch]:
     return [MicroBatch(r[:, :-1].contiguous(), r[:, 1:].contiguous(), None) for r in rows]
 
 
-def _our_step(
-    config: RunConfig, batches: list[MicroBatch], precision: Precision, context: Context
+def our_step(
+    state: TrainState, config: RunConfig, batches: list[MicroBatch], precision: Precision, context: Context
 ) -> Callable[[], object]:
     """One step of the trainer itself, with the attention backend that it would choose."""
-    state = build_state(config, context, None)
     state.model.attention = BACKENDS[
         choose_attention(config.model, config.parallel, context.device, precision.dtype)[0]
     ]

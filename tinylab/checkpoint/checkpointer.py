@@ -8,6 +8,7 @@ run stops, on all ranks at the same step, or continues, as `saving.on_error` say
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tinylab.checkpoint.parts import write_parts
-from tinylab.checkpoint.peers import Peers
+from tinylab.checkpoint.peers import PeerGoneError, Peers
 from tinylab.checkpoint.retention import Verified, prune
 from tinylab.checkpoint.snapshot import Snapshot, SnapshotMemory, take_snapshot
 from tinylab.checkpoint.state import TrainState, build_state, optimizer_tensors
@@ -156,6 +157,8 @@ class Checkpointer:
             try:
                 folder = write(snapshot, f"save {number}.{attempt}")
                 break
+            except PeerGoneError:
+                raise
             except CheckpointError as error:
                 self._report(snapshot, error, repeated=pause is not None)
                 if pause is None:
@@ -211,6 +214,11 @@ class Checkpointer:
     def _write_parts(self, folder: Path, snapshot: Snapshot) -> str:
         """Write this rank's rows; what went wrong, or nothing."""
         rank = self._context.rank
+        if not folder.is_dir():
+            return (
+                f"rank {rank} on {socket.gethostname()} must see the run folder that rank 0 writes to; {folder} is not "
+                "there. Put the run on a file system that all machines share"
+            )
         try:
             write_parts(folder, rank, snapshot, self._config.model)
         except (OSError, SafetensorError) as error:

@@ -17,6 +17,10 @@ LEAVING_WAIT_S = 2.0
 _FIRST_POLL_S, _LAST_POLL_S = 0.002, 0.5
 
 
+class PeerGoneError(CheckpointError):
+    """A checkpoint is not written because another rank, or this one, leaves the run."""
+
+
 class Peers:
     """The notes of one rank, and of the others."""
 
@@ -36,7 +40,7 @@ class Peers:
         self._leaving.wait(seconds)
 
     def tell(self, key: str, text: str = "") -> None:
-        """Leave a note. Raises CheckpointError when the store is gone."""
+        """Leave a note. Raises PeerGoneError when the store is gone."""
         assert self._store is not None
         try:
             self._store.set(key, text)
@@ -44,7 +48,7 @@ class Peers:
             raise self._gone(key) from error
 
     def hear(self, key: str) -> str:
-        """The note `key`, once it is there. Raises CheckpointError when this process leaves, or the store is gone."""
+        """The note `key`, once it is there. Raises PeerGoneError when this process leaves, or the store is gone."""
         assert self._store is not None
         pause = _FIRST_POLL_S
         try:
@@ -57,8 +61,8 @@ class Peers:
         except RuntimeError as error:
             raise self._gone(key) from error
 
-    def _gone(self, key: str) -> CheckpointError:
-        return CheckpointError(
+    def _gone(self, key: str) -> PeerGoneError:
+        return PeerGoneError(
             f"all {self.world} ranks must write a checkpoint together; rank {self.rank} gave up waiting for {key!r}: "
             "another rank has ended. Checkpoints committed before are whole; repeat the same command"
         )

@@ -94,7 +94,10 @@ def plan_verb(
 
 
 def bench_verb(
-    what: Annotated[Literal["train", "parity", "opening", "decoding"], arg(metavar="{train,parity,opening,decoding}")],
+    what: Annotated[
+        Literal["train", "parity", "opening", "decoding", "checkpoint"],
+        arg(metavar="{train,parity,opening,decoding,checkpoint}"),
+    ],
     /,
     preset: str | None = None,
     against: str = "transformers",
@@ -106,10 +109,10 @@ def bench_verb(
     Args:
         what: train: tokens/s of full optimizer steps. parity: differences of logits and generated tokens. opening:
             seconds and peak memory to open a bf16 folder, each time in a fresh process. decoding: tokens/s of greedy
-            decoding on the CPU.
+            decoding on the CPU. checkpoint: seconds that a save holds up the steps; the peer is torch's async_save.
         preset: configuration of both sides; default: tinyllama_1b for opening, else tiny. Not for parity.
         against: the peer: transformers.
-        device: where train is measured.
+        device: where train and checkpoint are measured.
         windows: measurements of each side, in turns. Not for parity.
     """
     if against != "transformers":
@@ -132,6 +135,13 @@ def bench_verb(
         rows = [{"contender": name, "tokens/s": row["median"]} for name, row in found["tokens_per_s"].items()]
         shape = f"{found['new_tokens']} tokens after {found['prompt_tokens']}, the same from both"
         return Answer(found, _side_by_side(found, shape, rows))
+    if what == "checkpoint":
+        from tinylab.bench.checkpoint import bench_checkpoint
+
+        found = bench_checkpoint(preset or "tiny", windows, device=device)
+        rows = [{"contender": name} | values for name, values in found["medians"].items()]
+        share = f"{found['share']:.2%} of a run of {found['steps']:,} steps with {found['saves']} checkpoints"
+        return Answer(found, _side_by_side(found, f"{found['bytes']:,} bytes, {found['device']}, {share}", rows))
     from tinylab.bench.train import bench_train
 
     found = bench_train(preset or "tiny", against, windows, device=device)
