@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tinylab.checkpoint import checkpointer as module
 from tinylab.checkpoint.checkpointer import Checkpointer
@@ -22,6 +24,7 @@ from tinylab.config.schema import Data, RunConfig, Saving, Source
 from tinylab.config.stages import Schedule, Stage
 from tinylab.dist.context import Context
 from tinylab.errors import CheckpointError
+from tinylab.optim.build import KINDS, parameter_groups
 from tinylab.runs import sealed_log
 from tinylab.runs.folder import Run
 
@@ -194,3 +197,107 @@ def test_retention_that_is_off_removes_nothing(run: Run, shards: Any):
             checkpointer.save(state)
         checkpointer.close()
     assert len(run.checkpoints()) == 4
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The next commits fail, so many of them."""
+    commit, left = module.commit_checkpoint, iter(range(times))
+
+    def failing(*arguments: Any) -> Path:
+        if next(left, None) is not None:
+            raise CheckpointError("cannot write: no space left")
+        return commit(*arguments)
+
+    monkeypatch.setattr(module, "commit_checkpoint", failing)
+
+
+def test_a_save_that_failed_twice_is_committed_by_the_third_attempt(
+    checkpointer: Checkpointer, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    fail(monkeypatch, 2)
+    state = checkpointer.resume()
+    advance(state)
+    checkpointer.save(state)
+    assert [p.name for p in checkpointer.close()] == ["step-00000001"]
+    assert [line["event"] for line in run.journal()] == ["save_failed", "save_failed", "committed"]
+    assert (
+        "warning: the checkpoint of step 1 failed, it is tried again: cannot write: no space" in capsys.readouterr().err
+    )
+
+
+def test_a_run_that_goes_on_without_a_checkpoint_still_needs_its_last_one(
+    run: Run, shards: Any, monkeypatch: pytest.MonkeyPatch
+):
+    config = replace(CONFIG, saving=replace(CONFIG.saving, on_error="continue"))
+    with Checkpointer(run, config, CONTEXT, shards, None) as checkpointer:
+        state = checkpointer.resume()
+        fail(monkeypatch, 3)
+        advance(state)
+        checkpointer.save(state)
+        checkpointer._worker.submit(lambda: None).result()
+        assert checkpointer.poll() == [] and not checkpointer.failed
+        advance(state)
+        checkpointer.save(state)
+        assert [p.name for p in checkpointer.close()] == ["step-00000002"]
+        fail(monkeypatch, 3)
+        advance(state)
+        checkpointer.save(state)
+        with pytest.raises(CheckpointError, match="no space left"):
+            checkpointer.close()
+
+
+def test_the_journal_says_how_long_the_steps_waited(checkpointer: Checkpointer, run: Run):
+    state = checkpointer.resume()
+    advance(state)
+    checkpointer.save(state)
+    checkpointer.close()
+    assert [0 < line["blocked_s"] < 60 for line in run.journal()] == [True]
+
+
+def test_memory_for_the_snapshot_is_taken_once(checkpointer: Checkpointer):
+    state = checkpointer.resume()
+    places = []
+    for _ in range(2):
+        advance(state)
+        checkpointer.save(state)
+        checkpointer.close()
+        places.append({name: buffer.data_ptr() for name, buffer in checkpointer._memory._buffers.items()})
+    assert places[0] == places[1] and len(places[0]) == 4 * len(list(state.model.parameters()))
+
+
+def test_an_optimizer_without_state_resumes(run: Run, shards: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(
+        KINDS, "adamw", lambda model, _: torch.optim.SGD(parameter_groups(model, CONFIG.optimizer), 0.1)
+    )
+    with Checkpointer(run, CONFIG, CONTEXT, shards, None) as checkpointer:
+        state = checkpointer.resume()
+        advance(state)
+        checkpointer.save(state)
+        folder = checkpointer.close()[0]
+    with Checkpointer(run, CONFIG, CONTEXT, shards, folder) as second:
+        resumed = second.resume()
+    assert resumed.step == 1 and resumed.optimizer.state_dict()["state"] == {}
+    for a, b in zip(resumed.model.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", ["recorded", "unknown"])
+def test_moments_that_are_missing_are_named(count: str, checkpointer: Checkpointer, run: Run, shards: Any):
+    """Also in a checkpoint of a version that did not write their number down."""
+    state = checkpointer.resume()
+    advance(state)
+    checkpointer.save(state)
+    folder = checkpointer.close()[0]
+    path = folder / "trainer" / "optimizer.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if not n.startswith("norm.weight")}, path)
+    if count == "unknown":
+        record = json.loads((folder / "trainer" / "trainer.json").read_text())
+        del record["optimizer_tensors"]
+        (folder / "trainer" / "trainer.json").write_text(json.dumps(record))
+    with (
+        Checkpointer(run, CONFIG, CONTEXT, shards, folder) as second,
+        pytest.raises(
+            CheckpointError, match=r"must hold the moments of every parameter; without moments: norm.weight;"
+        ),
+    ):
+        second.resume()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinylab.checkpoint import store
+from tinylab.checkpoint import retention, store
 from tinylab.checkpoint.retention import prune, saves_at
 from tinylab.checkpoint.snapshot import Snapshot
 from tinylab.checkpoint.store import commit_checkpoint, latest_good, load_rng, open_optimizer, read_record
@@ -213,6 +213,42 @@ def test_nothing_is_removed_behind_a_checkpoint_that_does_not_hold(run: Run, sha
     with pytest.raises(CheckpointError, match=r"right after its commit.*No older checkpoint was removed"):
         prune(run, config)
     assert len(run.checkpoints()) == 2
+
+
+def test_a_damaged_checkpoint_does_not_count_towards_those_that_are_kept(run: Run, shards: Any):
+    config = replace(CONFIG, saving=replace(CONFIG.saving, every_tokens=8, early=False, keep=2))
+    save(run, shards, 5, 6, 7, 8)
+    (run.checkpoints_path / "step-00000007" / "config.json").write_text("{}")
+    assert prune(run, config) == [5], "8 and 6 hold; 7 is no reason to give 6 up"
+    assert [int(p.name[5:]) for p in run.checkpoints()] == [6, 7, 8]
+    save(run, shards, 9)
+    assert prune(run, config) == [6, 7]
+
+
+def test_nothing_is_removed_before_enough_checkpoints_hold(run: Run, shards: Any):
+    config = replace(CONFIG, saving=replace(CONFIG.saving, every_tokens=8, early=False, keep=2))
+    save(run, shards, 5, 6, 7)
+    for step in (5, 6):
+        (run.checkpoints_path / f"step-0000000{step}" / "config.json").write_text("{}")
+    assert prune(run, config) == [] and len(run.checkpoints()) == 3
+
+
+def test_what_was_verified_is_not_read_again_unless_its_manifest_changed(
+    run: Run, shards: Any, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[str] = []
+    monkeypatch.setattr(retention, "problems_of", lambda folder: read.append(folder.name[-2:]) or [])
+    config = replace(CONFIG, saving=replace(CONFIG.saving, every_tokens=8, early=False, keep=2))
+    verified: dict[Path, str] = {}
+    for step in range(11, 16):
+        save(run, shards, step)
+        prune(run, config, verified)
+    assert read == ["13", "12", "14", "15"]
+    manifest = run.checkpoints()[-1] / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    save(run, shards, 16)
+    prune(run, config, verified)
+    assert read[4:] == ["16", "15"]
 
 
 def test_a_save_without_room_names_bytes_needed_and_free_before_it_writes(

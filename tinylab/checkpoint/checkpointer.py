@@ -69,6 +69,7 @@ class Checkpointer:
         Raises CheckpointError when that one failed and `saving.on_error` is "stop"; `poll`, `save` or `close` raise it
         for this one.
         """
+        began = time.perf_counter()
         self._wait()
         if self._config.saving.on_error == "stop":
             self._raise_failure()
@@ -77,6 +78,7 @@ class Checkpointer:
         seals = self._run.seal() if self._context.is_main else {}
         record = self._record(state) | {"optimizer_tensors": len(optimizer)} | seals
         snapshot = take_snapshot(weights, optimizer, self._context, record, self._memory)
+        snapshot.blocked_s = time.perf_counter() - began
         self.saved_step = state.step
         self._saves += 1
         self._saving = self._worker.submit(self._save, snapshot, self._saves)

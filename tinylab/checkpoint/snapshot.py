@@ -36,6 +36,8 @@ class Snapshot:
     """Of every tensor of the optimizer, where several ranks write them."""
     total_bytes: int = 0
     """Of the tensors that all ranks write together."""
+    blocked_s: float = 0.0
+    """How long the steps waited for it and for the save before it."""
 
 
 class Piece(NamedTuple):

@@ -82,7 +82,8 @@ def commit_checkpoint(
     except CheckpointError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    run.write_journal("committed", step=step, tokens=snapshot.record["tokens"])
+    blocked = round(snapshot.blocked_s, 4)
+    run.write_journal("committed", step=step, tokens=snapshot.record["tokens"], blocked_s=blocked)
     failpoint("save.journaled")
     return target
 
