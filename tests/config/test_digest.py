@@ -54,6 +54,7 @@ def test_a_later_field_counts_only_where_it_is_not_at_its_default(version: int):
         ("seed=3408", False),
         ("parallel.micro_batch=4", True),
         ("data.path=elsewhere", True),
+        ("faults.nonfinite=skip", True),
         ("optimizer.weight_decay=0.1", True),
     ],
 )

@@ -112,7 +112,7 @@ def work(result, seconds=0.0):
         raise result
     return result
 
-module.TIMEOUT_S, done = 1.0, []
+module.START_S, done = 1.0, []
 with module.open_context(Parallel(device="cpu", threads=1)) as context:
     began = time.monotonic()
     found = context.after_main(lambda: work("prepared", 2.5), lambda: work("opened"), "the data")

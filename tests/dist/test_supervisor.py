@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tinylab.dist.context import OTHERS_GONE
+from tinylab.dist.watch import OTHERS_GONE
 from tinylab.dist.supervisor import RankLogs, cause, exit_code_of, last_message
 
 from .tiny_run import until

@@ -25,12 +25,17 @@ import torch.distributed.checkpoint.hf_storage  # as would the first save of sev
 import torch.distributed.fsdp
 
 import tinylab
+from tinylab.checkpoint.checkpointer import Checkpointer
 from tinylab.checkpoint.retention import saves_at
+from tinylab.checkpoint.state import TrainState
 from tinylab.config.io import load_run
 from tinylab.errors import TinylabError
+from tinylab.model.loss import Batch
+from tinylab.model.transformer import Llama
 from tinylab.runs.folder import Run
 from tinylab.training.hooks import Hook
 from tinylab.training.loop import train
+from tinylab.training.stop import STOP_FILE_S
 
 assert torch
 
@@ -58,6 +63,31 @@ class StopFileAt(Hook):
     def step(self, record: dict) -> None:
         if record["step"] == self._step:
             (self._run.path / "stop").touch()
+            time.sleep(1.1 * STOP_FILE_S)
+
+
+def spoil(steps: list[int], what: str, factor: float, rank: int) -> None:
+    """Multiply by `factor` what one rank computes in some steps: its `loss`, or the `gradient` alone."""
+    resume = Checkpointer.resume
+
+    def resume_spoiled(checkpointer: Checkpointer) -> TrainState:
+        state = resume(checkpointer)
+        honest = state.loss
+
+        def loss(model: Llama, batch: Batch) -> torch.Tensor:
+            value, step = honest(model, batch), state.step + 1
+            if step not in steps or int(os.environ.get("RANK", 0)) != rank:
+                return value
+            if what == "loss":
+                return value * factor
+            if value.requires_grad:
+                value.register_hook(lambda gradient: gradient * factor)
+            return value
+
+        state.loss = loss
+        return state
+
+    Checkpointer.resume = resume_spoiled
 
 
 class Draws(Hook):
@@ -96,6 +126,8 @@ def run_child(request: dict, stderr: int) -> int:
     if request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     run = Run(request["run"])
+    if request.get("spoil"):
+        spoil(**request["spoil"])
     hooks: list[Hook] = [SignalAt(*request["signal_at"], run)] if request.get("signal_at") else []
     if request.get("draws"):
         hooks.append(Draws())

@@ -19,7 +19,8 @@ from tinylab.config.schema import RunConfig
 from tinylab.errors import DataError, RunStopped
 from tinylab.runs.folder import Run
 from tinylab.training import hooks, loop, opening
-from tinylab.training.hooks import Heartbeat, Hook, Hooks, Progress, StopRequest, progress_hooks
+from tinylab.training.hooks import Heartbeat, Hook, Hooks, Progress, progress_hooks
+from tinylab.training.stop import StopRequest
 
 
 def record(step: int) -> dict[str, Any]:

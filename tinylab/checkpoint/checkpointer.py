@@ -238,6 +238,7 @@ class Checkpointer:
             "tokens": config.tokens_at(state.step),
             "stage": config.stages[config.stage_index(state.step)].name,
             "hours": state.hours,
+            "faults": state.faults,
             **layout_of(config.parallel, self._context),
             "data_fingerprint": self._shards.fingerprint,
             "tokenizer_hash": tokenizer["hash"],

@@ -6,7 +6,7 @@ Schedule and data order are functions of the step and have no state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class TrainState:
     """Optimizer steps done."""
     hours: float = 0.0
     """Device hours spent in the steps of the final lineage: seconds of each step times ranks / 3600."""
+    faults: dict[str, Any] = field(default_factory=dict)
+    """What training/faults.py judges the next steps by: plain values, the same on every rank."""
 
 
 def build_state(config: RunConfig, context: Context, checkpoint: Path | None) -> TrainState:
@@ -59,6 +61,7 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
     if checkpoint is not None:
         record = read_record(checkpoint)
         state.step, state.hours = record["step"], record["hours"]
+        state.faults = record.get("faults", {})
         _load_optimizer(state, record, checkpoint)
         _load_rng(load_rng(checkpoint), context, config.seed, state.step)
     return state

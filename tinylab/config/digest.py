@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinylab.config.architecture import Model, RopeScaling
+from tinylab.config.faults import Faults
 from tinylab.config.io import run_from_dict, run_to_dict, run_to_toml
 from tinylab.config.schema import Data, Optimizer, Parallel, RunConfig, Saving, Source, Validation
 from tinylab.config.stages import Schedule, Stage
@@ -38,13 +39,13 @@ _FIELDS_1 = {
 
 def config_digest(config: RunConfig, version: int = DIGEST_VERSION) -> str:
     """SHA-256 of everything in the configuration but the layout of the work (`parallel`), the place of the data and
-    what follows a checkpoint that could not be written.
+    what follows a step at fault or a checkpoint that could not be written.
 
     Version 2 hashes the fields that are not at their defaults. Version 1 hashed the TOML of all its fields; newer
     fields enter it only where they are not at their defaults, hence no digest of then equals such a configuration's.
     """
     saving = replace(config.saving, on_error=Saving().on_error)
-    same = replace(config, parallel=Parallel(), data=replace(config.data, path=None), saving=saving)
+    same = replace(config, parallel=Parallel(), data=replace(config.data, path=None), saving=saving, faults=Faults())
     if version == 1:
         text = run_to_toml(_fields_of_version_1(same))
     else:

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Literal
 
 from tinylab.config.architecture import Model, require_positive
+from tinylab.config.faults import Faults
 from tinylab.config.stages import Schedule, Stage
 from tinylab.errors import ConfigError
 
@@ -138,9 +139,11 @@ class Parallel:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: what the backward pass computes again instead of keeping it in memory. `selective`
     keeps the results of matrix products and attention, `full` only the input of each block. Results are the same."""
+    timeout_s: float = 300.0
+    """How long ranks that exchange something wait for one that is dead or stuck, once training has begun."""
 
     def __post_init__(self) -> None:
-        require_positive("parallel", micro_batch=self.micro_batch)
+        require_positive("parallel", micro_batch=self.micro_batch, timeout_s=self.timeout_s)
         if self.threads is not None:
             require_positive("parallel", threads=self.threads)
 
@@ -195,6 +198,7 @@ class RunConfig:
     parallel: Parallel = Parallel()
     saving: Saving = Saving()
     validation: Validation = Validation()
+    faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

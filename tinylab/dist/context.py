@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,14 +16,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from tinylab.config.schema import Parallel
-from tinylab.errors import LaunchError
+from tinylab.dist.watch import Watch
+from tinylab.errors import LaunchError, RunStopped
 
-TIMEOUT_S = 600.0
-"""How long a collective may wait for a slow or dead rank."""
+START_S = 300.0
+"""How long ranks wait for one another until the first step is done; after it, `parallel.timeout_s`."""
+AGENT_S = 20.0
+"""How long a rank waits for the store of torchrun, which is there before the ranks are."""
 POLL_S = 0.2
 """How often a waiting rank looks for rank 0's note."""
-OTHERS_GONE = "found another one gone or silent"
-"""In the message of a rank that ends only because another one did."""
 T = TypeVar("T")
 
 
@@ -43,6 +44,8 @@ class Context:
     """CPU threads of this process."""
     store: Store | None = None
     """Where ranks leave each other notes outside of collectives; None for one process."""
+    watch: Watch = field(default_factory=Watch)
+    """What this rank sees of its launcher and of the other ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -82,10 +85,22 @@ class Context:
         distributed.all_gather(parts, tensor)
         return parts
 
+    def without_notes(self) -> Context:
+        """The same context, in which no rank has left a note yet."""
+        return self if self.store is None else replace(self, store=PrefixStore("later", self.store))
+
     def wait(self) -> None:
         """Return once every rank is here."""
         if self.world > 1:
             self.sum_integers([0])
+
+    def expect_steps(self, timeout_s: float) -> None:
+        """From now on wait at most `timeout_s` in an exchange: compiling and preparing are over."""
+        if self.world == 1:
+            return
+        for group in list(distributed.distributed_c10d._world.pg_map):
+            distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        self.watch.expect_steps(timeout_s)
 
     def after_main(self, on_main: Callable[[], T], on_others: Callable[[], T], what: str) -> T:
         """`on_main()` on rank 0, and when it returned, `on_others()` on the other ranks. Once per `what`.
@@ -117,11 +132,12 @@ class Context:
 
 
 @contextmanager
-def open_context(parallel: Parallel) -> Iterator[Context]:
+def open_context(parallel: Parallel, orphaned: Callable[[], None] = lambda: None) -> Iterator[Context]:
     """The context of this process, from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE).
 
     Sets the number of CPU threads; a job of several processes gets a process group (gloo for CPU tensors, NCCL for
-    CUDA ones) that ends with the context. Raises LaunchError when the asked device or a peer is missing.
+    CUDA ones) that ends with the context. `orphaned` is called in another thread when torchrun is gone.
+    Raises LaunchError when the asked device or a peer is missing.
     """
     rank, world = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     if rank >= world:
@@ -130,50 +146,98 @@ def open_context(parallel: Parallel) -> Iterator[Context]:
             "or unset both for one process"
         )
     local_rank, local_world = _integer("LOCAL_RANK", rank), _integer("LOCAL_WORLD_SIZE", world)
-    device = _device(parallel.device, local_rank)
-    # The number of threads changes the last bits of sums: in canonical mode it must not follow from that of ranks.
-    cores = 1 if parallel.reduction == "canonical" else len(os.sched_getaffinity(0))
-    threads = parallel.threads or max(1, cores // local_world)
-    torch.set_num_threads(threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    context = Context(rank=rank, world=world, local_world=local_world, device=device, threads=threads)
-    if world == 1:
-        yield context
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=TIMEOUT_S)
+    with Watch(rank, world, orphaned) as watch:
+        device = _device(parallel.device, local_rank)
+        # The number of threads changes the last bits of sums: in canonical mode it must not follow from that of ranks.
+        cores = 1 if parallel.reduction == "canonical" else len(os.sched_getaffinity(0))
+        threads = parallel.threads or max(1, cores // local_world)
+        torch.set_num_threads(threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        context = Context(rank=rank, world=world, local_world=local_world, device=device, threads=threads, watch=watch)
+        if world == 1:
+            yield context
+            return
+        try:
+            with _process_group(context) as store:
+                watch.meet(store)
+                context = replace(context, store=PrefixStore("notes", store))
+                with other_ranks_alive(context):
+                    yield context
+        finally:
+            watch.leave()
+
+
+@contextmanager
+def _process_group(context: Context) -> Iterator[Store]:
+    """The process group of the job, and its store. Raises LaunchError when a peer is missing."""
+    rank, world, start_s = context.rank, context.world, timedelta(seconds=START_S)
+    cuda = context.device.type == "cuda"
+    if cuda:  # which collective each rank was in is written down when one times out
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "20000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     try:
-        store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
-        group_store = PrefixStore("group", store)
-        distributed.init_process_group(backend, rank=rank, world_size=world, store=group_store, timeout=timeout)
+        store = _own_store(rank, world)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            rank=rank,
+            world_size=world,
+            store=PrefixStore("group", store),
+            timeout=start_s,
+        )
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {rank} of {world} must reach the others at MASTER_ADDR:MASTER_PORT; found: {error}. "
             "Start all ranks with torchrun"
         ) from error
-    context = replace(context, store=PrefixStore("notes", store))
     try:
-        with other_ranks_alive(context):
-            yield context
+        yield store
     finally:
         distributed.destroy_process_group()
 
 
+def _own_store(rank: int, world: int) -> Store:
+    """The store of the job, in the process of rank 0. torchrun's own would end with torchrun, and with it every save.
+
+    torchrun's is there before the ranks are; without torchrun, rank 0 begins the store at MASTER_PORT.
+    """
+    start_s = timedelta(seconds=START_S)
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    met, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=AGENT_S) if launched else start_s))
+    if not launched:
+        return met
+    host = os.environ["MASTER_ADDR"]
+    met.set_timeout(start_s)
+    if rank == 0:
+        own = distributed.TCPStore(host, 0, world, True, start_s, wait_for_workers=False)  # type: ignore
+        met.set("tinylab port", str(own.port))
+        return own
+    return distributed.TCPStore(host, int(met.get("tinylab port")), world, False, start_s)  # type: ignore
+
+
 @contextmanager
-def other_ranks_alive(context: Context, step: Callable[[], int] | None = None) -> Iterator[None]:
-    """A LaunchError with rank and step in place of what torch raises when another rank ended or fell silent."""
+def other_ranks_alive(context: Context) -> Iterator[None]:
+    """An error with rank and step in place of what torch raises when another rank ended or fell silent.
+
+    So too where this rank was stopped before its first step only because another rank had failed.
+    """
     try:
         yield
-    except RuntimeError as error:
-        # gloo raises plain RuntimeErrors and tells its own only by the source file in their text.
-        if context.world == 1 or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+    except (RuntimeError, RunStopped) as error:
+        watch = context.watch
+        if context.world == 1:
             raise
-        where = "before the first step" if step is None else f"after step {step()}"
-        raise LaunchError(
-            f"all {context.world} ranks must live to the end; rank {context.rank} {OTHERS_GONE} "
-            f"{where}. That rank's own message says why; then repeat the same command to go on. Found: {error}"
-        ) from error
+        if isinstance(error, RunStopped):
+            found = None if watch.began else watch.gone()
+        # gloo raises plain RuntimeErrors and tells its own only by the source file in their text.
+        elif isinstance(error, distributed.DistError) or "gloo" in str(error):
+            watch.leave()
+            found = watch.trouble() or f"its own message says why ({error})"
+        else:
+            raise
+        if found is None:
+            raise
+        raise watch.error(found) from error
 
 
 def _integer(name: str, default: int) -> int:

@@ -289,7 +289,7 @@ def _by_time(failures: dict[int, Any]) -> list[tuple[int, Any]]:
 
 def cause(codes: dict[int, int], logs: RankLogs) -> tuple[int, int]:
     """The rank that others ended for, and its code: the first, or the first with another message than theirs."""
-    from tinylab.dist.context import OTHERS_GONE
+    from tinylab.dist.watch import OTHERS_GONE
 
     first = next(iter(codes.items()))
     if OTHERS_GONE not in logs.written(first[0]):

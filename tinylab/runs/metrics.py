@@ -13,10 +13,11 @@ from tinylab.runs.sealed_log import SealedLog
 UNITS = {
     "step": "optimizer steps, from 1",
     "tokens": "tokens after the step, over all ranks",
-    "loss": "nats per token, mean over the global batch",
+    "loss": "nats per token, mean over the global batch; null where it is not finite or was not computed",
     "lr": "learning rate of the step",
     "grad_norm": "global norm before clipping",
     "stage": "name of the stage",
+    "refused": "why the step's update was not made: nonfinite, spike or left out (by a rewind); null where it was",
     "step_time_s": "s",
     "data_wait_s": "s",
     "data_hash": "hash of the addresses of the step's samples",
@@ -29,7 +30,7 @@ UNITS = {
 """Every metric and its unit."""
 
 
-_TEXT = frozenset({"stage", "data_hash"})
+_TEXT = frozenset({"stage", "data_hash", "refused"})
 
 
 class MetricsLog(SealedLog):

@@ -1,8 +1,7 @@
-"""What accompanies a run without changing it: a stop request, the heartbeat, the progress line, a caller's own hooks.
+"""What accompanies a run without changing it: the heartbeat, the progress line, a caller's own hooks.
 
 | hook | does |
 |---|---|
-| StopRequest | notes SIGTERM, SIGINT, SIGUSR1 and the file RUN/stop; the loop asks between steps |
 | Heartbeat | replaces `status.json`, at most once a second, at least every 20 s |
 | Progress | one line on standard error: loss, tokens/s, time left |
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -19,11 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tinylab.config.schema import RunConfig
-from tinylab.errors import CheckpointError, RunStopped
+from tinylab.errors import CheckpointError
 from tinylab.runs.folder import Run
 from tinylab.training.job import Job
 
@@ -34,10 +31,6 @@ PLAIN_LINE_S = 10.0
 """Between progress lines where standard error is no terminal."""
 BESIDE_WAIT_S = 60.0
 """How long a run that is done waits for work beside it; a run that stops or fails does not wait."""
-STOP_FILE = "stop"
-STOP_REASON = "stop file"
-SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGTERM}
-"""Signals that stop a run, and the one whose exit code they give: 130 for SIGINT, 143 for the others."""
 
 
 class Hook:
@@ -116,55 +109,6 @@ class Hooks:
             self._job.run.write_journal(event, **more)
 
 
-class StopRequest:
-    """Notes that the run shall stop. Until `defer`, a signal ends at once: nothing is done yet that could be lost."""
-
-    def __init__(self, run: Run) -> None:
-        self.reason: str | None = None
-        self.signal_number = int(signal.SIGTERM)
-        self._file = run.path / STOP_FILE
-        self._deferred = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.reason == STOP_REASON:
-            self.forget_file()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        self.signal_number = int(SIGNALS[signal.Signals(number)])
-        if not self._deferred:
-            raise self.stopped("before its first step")
-
-    def defer(self) -> None:
-        """From now on only note signals: the loop stops between two steps, after a checkpoint."""
-        self._deferred = True
-
-    def forget_file(self) -> None:
-        """Remove a stop file: an old one at the start, an obeyed one at the end."""
-        self._file.unlink(missing_ok=True)
-
-    def requested(self) -> bool:
-        """Whether a signal came or RUN/stop exists."""
-        if self.reason is None and self._file.exists():
-            self.reason = STOP_REASON
-        return self.reason is not None
-
-    def stopped(self, where: str) -> RunStopped:
-        """The exception that ends the run."""
-        return RunStopped(
-            f"stopped {where} ({self.reason or 'by another rank'}); repeat the same command to go on",
-            self.signal_number,
-        )
-
-
 class Heartbeat(Hook):
     """Keeps `status.json` fresh, and knows which step the run has reached."""
 
@@ -233,7 +177,7 @@ class Progress(Hook):
 
     def _show(self, record: dict[str, Any]) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", False)
+            self._bar.set_postfix_str(f"loss {_loss_of(record)}, {record['tokens_per_s']:,.0f} tokens/s", False)
             self._bar.update()
             return
         now = time.monotonic()
@@ -243,7 +187,7 @@ class Progress(Hook):
             per_step = (now - self._began) / (record["step"] - self._first)
             left = round((self._config.steps - record["step"]) * per_step)
             print(
-                f"step {record['step']}/{self._config.steps}  {record['tokens']:,} tokens  loss {record['loss']:.3f}  "
+                f"step {record['step']}/{self._config.steps}  {record['tokens']:,} tokens  loss {_loss_of(record)}  "
                 f"{record['tokens_per_s']:,.0f} tokens/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
                 file=sys.stderr,
                 flush=True,
@@ -253,6 +197,10 @@ class Progress(Hook):
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.close()
+
+
+def _loss_of(record: dict[str, Any]) -> str:
+    return "n/a" if record["loss"] is None else f"{record['loss']:.3f}"
 
 
 def progress_hooks(wanted: bool) -> list[Hook]:

@@ -7,9 +7,12 @@ ranks).
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tinylab.checkpoint.checkpointer import Checkpointer
@@ -25,11 +28,13 @@ from tinylab.optim.schedule import check_schedule, lr_at
 from tinylab.runs.durable import failpoint
 from tinylab.runs.folder import Run, step_of
 from tinylab.training.attention import choose_backend, keep_choice
-from tinylab.training.hooks import Heartbeat, Hook, Hooks, StopRequest, progress_hooks
+from tinylab.training.faults import NOT_COMPUTED, Guard
+from tinylab.training.hooks import Heartbeat, Hook, Hooks, progress_hooks
 from tinylab.training.job import Job
 from tinylab.training.meter import Meter
 from tinylab.training.opening import begin_lineage, one_trainer, open_data, open_run
 from tinylab.training.step import agree, train_step
+from tinylab.training.stop import StopRequest
 from tinylab.training.validation import Validator
 
 
@@ -41,13 +46,20 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
     damaged or does not fit, RunStopped after a signal or a stop request, when a checkpoint is committed.
     """
     check_schedule(config)
-    with StopRequest(run) as stop, open_context(config.parallel) as context, one_trainer(run, context):
+    with (
+        StopRequest(run) as stop,
+        open_context(config.parallel, stop.launcher_gone) as context,
+        one_trainer(run, context),
+    ):
         if context.is_main:
-            stop.forget_file()
-        attention = choose_backend(config, run, context)  # before a run begins that cannot go on
+            stop.forget_old_file()
+        new = context.sum_integers([int(context.is_main and not run.exists())])[0]
+        attention = choose_backend(config, run, context) if new else {}  # before a run begins that cannot go on
         checkpoint = open_run(config, run, context)
-        heartbeat = Heartbeat(run, config, (checkpoint and step_of(checkpoint.name)) or 0)
-        with _reported(run, context, heartbeat):
+        heartbeat = Heartbeat(run, config, _step_of(checkpoint))
+        if not attention and heartbeat.at < config.steps:
+            attention = choose_backend(config, run, context)
+        with _reported(run, context, heartbeat), other_ranks_alive(context):
             if heartbeat.at == config.steps:
                 if context.is_main:
                     print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)
@@ -55,26 +67,37 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
             shards = open_data(config, context, checkpoint, progress=progress)
             job = Job(config=config, run=run, context=context, shards=shards)
             called = [heartbeat, *progress_hooks(progress), *hooks] if context.is_main else []
-            with (
-                Checkpointer(run, config, context, shards, checkpoint) as checkpointer,
-                # Its threads hash and read the first shards while the model is built.
-                Loader(
-                    config,
-                    shards,
-                    rank=context.rank,
-                    world=context.world,
-                    start_step=checkpointer.saved_step + 1,
-                ) as loader,
-            ):
-                state = checkpointer.resume()
-                state.model.attention = BACKENDS[attention["name"]]
-                begin_lineage(job, checkpoint)
-                if context.is_main:
-                    keep_choice(attention, run)
-                with other_ranks_alive(context, lambda: state.step), Hooks(called, job, state.step) as told:
-                    stop.defer()
-                    _steps(job, state, loader, stop, checkpointer, told)
+            while _train_from(checkpoint, job, attention, stop, called):  # until the end, unless a fault rewinds
+                gc.collect()  # the state before the rewind
+                job = replace(job, context=job.context.without_notes())  # those on its saves
+                checkpoint = open_run(config, run, context)
+                heartbeat.at = _step_of(checkpoint)
     return run
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return (checkpoint and step_of(checkpoint.name)) or 0
+
+
+def _train_from(
+    checkpoint: Path | None, job: Job, attention: dict[str, Any], stop: StopRequest, called: Sequence[Hook]
+) -> bool:
+    """Train from `checkpoint` (None: from the start) to the end of the run; True where a fault must rewind it."""
+    config, run, context, shards = job.config, job.run, job.context, job.shards
+    start = _step_of(checkpoint) + 1
+    with (
+        Checkpointer(run, config, context, shards, checkpoint) as checkpointer,
+        # Its threads hash and read the first shards while the model is built.
+        Loader(config, shards, rank=context.rank, world=context.world, start_step=start) as loader,
+    ):
+        state = checkpointer.resume()
+        state.model.attention = BACKENDS[attention["name"]]
+        begin_lineage(job, checkpoint)
+        if context.is_main:
+            keep_choice(attention, run)
+        with Hooks(called, job, state.step) as told:
+            stop.defer(looks_for_file=context.is_main)
+            return _steps(job, state, loader, stop, checkpointer, told)
 
 
 def _steps(
@@ -84,35 +107,59 @@ def _steps(
     stop: StopRequest,
     checkpointer: Checkpointer,
     hooks: Hooks,
-) -> None:
-    """Every step that is left, each with its line of metrics, and the checkpoints between them."""
+) -> bool:
+    """Every step that is left, each with its line of metrics, and the checkpoints between them.
+
+    True where a step at fault asks for a rewind, when all that was to be saved is committed.
+    """
     config, context = job.config, job.context
     precision = resolve_precision(context.device, config.parallel.precision)
     validator = Validator(config, job.shards, context, precision)
     meter = Meter(config, context)
+    guard = Guard(job, state)
+    first = state.step + 1
     for batch in meter.timed(loader):
         hooks.checkpoints(checkpointer.poll())
-        data_hash, targets, stopping = agree(context, batch, stop.requested() or checkpointer.failed)
-        if stopping:
+        context.watch.await_others(state.step)
+        data_hash, targets, reason = agree(context, batch, stop.requested() or int(checkpointer.failed))
+        if reason:
+            stop.reason = reason
             if checkpointer.saved_step != state.step:
                 checkpointer.save(state)
             hooks.checkpoints(checkpointer.close())
             raise stop.stopped(f"after step {state.step} of {config.steps}")
         _announce_stage(job, batch.step)
         lr = lr_at(config, batch.step)
-        clip_norm = config.optimizer.clip_norm
-        result = train_step(
-            state, batch.micro_batches, targets, lr=lr, clip_norm=clip_norm, precision=precision, context=context
-        )
+        if guard.leaves_out(batch.step):
+            result = NOT_COMPUTED
+        else:
+            result = train_step(
+                state,
+                batch.micro_batches,
+                targets,
+                lr=lr,
+                clip_norm=config.optimizer.clip_norm,
+                precision=precision,
+                context=context,
+                judge=guard.judge,
+            )
+        rewind = guard.settle(result, data_hash, batch.micro_batches, targets, precision)
+        context.watch.reached(state.step)
+        if rewind:
+            hooks.checkpoints(checkpointer.close())
+            return True
         record = meter.record(state, result, lr, data_hash) | validator.after(state.model, state.step)
         if context.is_main:
             job.run.require_place()
             job.log.append(record)
             failpoint("step.logged")
         hooks.step(record)
+        if state.step == first:  # compiled and measured by now
+            context.expect_steps(config.parallel.timeout_s)
         if saves_at(config, state.step):
             checkpointer.save(state)
     hooks.checkpoints(checkpointer.close())
+    return False
 
 
 def _announce_stage(job: Job, step: int) -> None:
@@ -129,22 +176,26 @@ def _reported(run: Run, context: Context, heartbeat: Heartbeat) -> Iterator[None
     if not context.is_main:
         yield
         return
+
+    def write_end(event: str, error: BaseException | None) -> None:
+        more = {"reason": str(error) or type(error).__name__} if error else {}
+        # What ended the run is the news: a disk too full to write it down must not hide it.
+        with suppress(TinylabError) if error else nullcontext():
+            heartbeat.write(event, **more)
+            failpoint("end.status_written")
+        with suppress(TinylabError) if error else nullcontext():
+            if error or not any(line["event"] == "done" for line in run.journal()[-1:]):
+                run.write_journal(event, step=heartbeat.at, tokens=heartbeat.tokens, **more)
+
+    context.watch.last_words = lambda error: write_end("failed", error)
     heartbeat.write("running")
     try:
         with heartbeat.beating():
             yield
-        event, error = "done", None
     except RunStopped as stopped:
-        event, error = "stopped", stopped
+        write_end("stopped", stopped)
+        raise
     except BaseException as failure:
-        event, error = "failed", failure
-    more: dict[str, Any] = {"reason": str(error) or type(error).__name__} if error else {}
-    journaled = event == "done" and any(line["event"] == "done" for line in run.journal()[-1:])
-    # What ended the run is the news: a disk too full to write it down must not hide it.
-    with suppress(TinylabError) if error else nullcontext():
-        heartbeat.write(event, **more)
-        failpoint("end.status_written")
-        if not journaled:
-            run.write_journal(event, step=heartbeat.at, tokens=heartbeat.tokens, **more)
-    if error:
-        raise error
+        write_end("failed", failure)
+        raise
+    write_end("done", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -49,10 +50,11 @@ class Meter:
         return {
             "step": step,
             "tokens": config.tokens_at(step),
-            "loss": result.loss,
+            "loss": finite_or_none(result.loss),
             "lr": lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": finite_or_none(result.grad_norm),
             "stage": stage.name,
+            "refused": result.refused,
             "step_time_s": round(seconds, 6),
             "data_wait_s": round(self._waited, 6),
             "data_hash": format_hash(data_hash),
@@ -60,6 +62,11 @@ class Meter:
             "mfu": self._flops_per_token * tokens_per_s / (world * self._peak) if self._peak else None,
             "peak_memory_gib": round(peak_memory(self._context.device) / 2**30, 4),
         }
+
+
+def finite_or_none(value: float) -> float | None:
+    """`value` for JSON, which has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def device_peak(device: torch.device) -> float | None:

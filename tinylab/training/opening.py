@@ -12,6 +12,7 @@ from typing import Any
 from tinylab.checkpoint.retention import is_permanent, prune
 from tinylab.checkpoint.store import latest_good, read_record
 from tinylab.config.digest import config_digest
+from tinylab.config.faults import Faults
 from tinylab.config.io import run_to_dict, run_to_toml
 from tinylab.config.schema import Parallel, RunConfig
 from tinylab.data.loader import validation_windows
@@ -27,12 +28,14 @@ from tinylab.runs.provenance import provenance
 from tinylab.runs.sealed_log import stored_seals
 from tinylab.training.job import Job
 
-FREE_KEYS = frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision") | {
-    "data.path",
-    "saving.on_error",
-}
+FREE_KEYS = (
+    frozenset(f"parallel.{k}" for k in run_to_dict(Parallel(threads=1)) if k != "precision")
+    | frozenset(f"faults.{k}" for k in run_to_dict(Faults()))
+    | {"data.path", "saving.on_error"}
+)
 """Keys that may change between two starts: the layout of the work, which shifts at most the last bits of the weights;
-the place of the data, which their fingerprint in the checkpoint holds to be the same; what follows a failed save."""
+the place of the data, which their fingerprint in the checkpoint holds to be the same; what follows a step at fault or a
+failed save."""
 
 
 @contextmanager
