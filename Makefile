@@ -64,7 +64,7 @@ lint: setup
 	$(BIN)/pyright
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not stress and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not stress and not gpu"
 
 # Quick tests, none of which trains or starts a kernel, a browser or another Python; then the types.
 QUICK := config data/test_order.py data/test_mixture.py data/test_shards.py evaluation/test_published.py \

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests marked `slurm`, and the tiny run that they train."""
+"""A real Slurm for the tests marked `slurm`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from typing import IO
 
 import pytest
 
-from ..training.conftest import assert_nothing_lost, tiny_config
 from . import slurm_cluster
-
-__all__ = ["assert_nothing_lost", "tiny_config"]
 
 
 class Cluster:
@@ -93,7 +90,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
     command = [sys.executable, slurm_cluster.__file__, str(folder)]
     keeper = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
     )
     assert keeper.stdin and keeper.stdout

@@ -58,7 +58,9 @@ def configure(folder: Path) -> dict[str, str]:
     for s in sockets:
         s.close()
     (folder / "state").mkdir()
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, ports=ports, cpus=max(2, os.cpu_count() or 2)))
+    (folder / "slurm.conf").write_text(
+        CONFIGURATION.format(folder=folder, ports=ports, cpus=max(2, os.cpu_count() or 2))
+    )
     (folder / "munge.key").touch(0o600)
     (folder / "munge.key").write_bytes(os.urandom(1024))
     return os.environ | {"SLURM_CONF": f"{folder}/slurm.conf"}

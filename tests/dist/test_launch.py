@@ -93,9 +93,7 @@ def test_a_run_is_stopped_through_its_folder_and_resumed_on_another_number_of_ra
     config = long(prepared)
     handle = launch(config, run, nproc=2)
     until(run.metric_records)
-    with pytest.raises(
-        LaunchError, match=r"must have one trainer at a time; found another \(pid \d+ on .*, step \d+"
-    ):
+    with pytest.raises(LaunchError, match=r"must have one trainer at a time; found another \(pid \d+ on .*, step \d+"):
         launch(config, run, mode="process")
     pids = children_of(handle.record["pid"])
     assert len(pids) == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinylab.dist.slurm import TEMPLATES, gpus_per_node, job_state, render, submit
+from tinylab.dist.slurm import TEMPLATES, gpus_per_node, job_state, place_script, render, submit
 from tinylab.errors import LaunchError
 from tinylab.runs.folder import Run
 
@@ -36,8 +36,8 @@ def test_the_files_in_env_are_those_that_launch_fills_in(name: str):
 def test_a_batch_file_is_the_template_with_nothing_but_its_settings_changed(nodes: int, tmp_path: Path):
     template = (TEMPLATES / ("single-node.sbatch" if nodes == 1 else "multi-node.sbatch")).read_text().splitlines()
     text = render(Run(tmp_path / "mine"), nodes=nodes, nproc=4, options=["--preset", "tiny"]).splitlines()
-    new = [line for line in text if line not in template]
-    assert [line.partition("=")[0] for line in new[1:]] == [
+    new = [line for line in text[2:-1] if line not in template]  # without the heading and the digest
+    assert [line.partition("=")[0] for line in new] == [
         "#SBATCH --job-name",
         *(["#SBATCH --nodes"] if nodes > 1 else []),
         "#SBATCH --gpus-per-node",
@@ -52,6 +52,31 @@ def test_a_batch_file_is_the_template_with_nothing_but_its_settings_changed(node
     assert {"#SBATCH --gpus-per-node=4", "#SBATCH --cpus-per-task=16", "options=(--preset tiny)"} <= set(new)
 
 
+def test_a_file_that_nobody_edited_is_written_anew(tmp_path: Path):
+    run = Run(tmp_path)
+    place_script(run, render(run, nodes=2))
+    wanted = render(run, nodes=3)
+    assert place_script(run, wanted).read_text() == wanted
+
+
+def test_an_edited_file_is_submitted_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = Run(tmp_path)
+    path = place_script(run, render(run, nodes=2))
+    edited = path.read_text().replace("#SBATCH --requeue", "#SBATCH --requeue\n#SBATCH --account=lab")
+    path.write_text(edited)
+    assert place_script(run, render(run, nodes=2)).read_text() == edited
+    assert "launch.sbatch was edited: submitted as it is" in capsys.readouterr().err
+
+
+def test_an_edited_file_of_another_command_is_kept_and_the_command_refused(tmp_path: Path):
+    run = Run(tmp_path)
+    path = place_script(run, render(run, nodes=2))
+    path.write_text(edited := path.read_text() + "# mine\n")
+    with pytest.raises(LaunchError, match=r"launch\.sbatch must fit this command; it was edited.*Move it away"):
+        place_script(run, render(run, nodes=3))
+    assert path.read_text() == edited
+
+
 def test_without_gpus_none_are_asked_for_and_each_process_has_its_cores(tmp_path: Path):
     lines = render(Run(tmp_path / "mine"), nproc=2, gpus=False, threads=3).splitlines()
     assert "#SBATCH --cpus-per-task=6" in lines
@@ -59,13 +84,15 @@ def test_without_gpus_none_are_asked_for_and_each_process_has_its_cores(tmp_path
 
 
 def test_a_missing_sbatch_is_named_with_a_remedy(slurm: Path, tmp_path: Path):
-    with pytest.raises(LaunchError, match=r"sbatch must be on the search path.*found none.*another mode"):
+    with pytest.raises(LaunchError, match=r"needs sbatch on the search path; found none.*another mode"):
         submit(tmp_path / "launch.sbatch")
 
 
 def test_a_refusal_is_shown_in_sbatch_s_own_words(slurm: Path, tmp_path: Path):
     put(slurm, "sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
-    with pytest.raises(LaunchError, match=r"launch\.sbatch.*exit code 1: sbatch: error: invalid partition specified: gpu"):
+    with pytest.raises(
+        LaunchError, match=r"launch\.sbatch.*found exit code 1: sbatch: error: invalid partition specified: gpu\. Edit"
+    ):
         submit(tmp_path / "launch.sbatch")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinylab.dist import slurm
 from tinylab.errors import EXIT_FAILED, EXIT_NOTHING_FOUND, LaunchError, NothingFoundError
 from tinylab.runs.durable import disk_error, process_exists
 from tinylab.runs.folder import Run
@@ -18,6 +19,8 @@ from tinylab.runs.following import MetricsReader
 
 POLL_S = 0.2
 """How often a waiting caller looks at the run folder."""
+SLURM_POLL_S = 2.0
+"""How often it asks Slurm."""
 STOP_S = 120.0
 """How long `stop` waits for the checkpoint."""
 RECORD = "launch.json"
@@ -46,16 +49,36 @@ class Handle:
         return str(self.run.status()["state"])
 
     def is_alive(self) -> bool:
-        """Whether it trains, or what was launched for it still runs on this host."""
-        return self.state() == "running" or _is_supervised(self.record)
+        """Whether it trains, or what was launched for it still runs on this host or is a job that has not ended."""
+        return self.state() == "running" or _is_supervised(self.record) or self.job() is not None
+
+    def job(self) -> tuple[str, str] | None:
+        """The Slurm job that was launched for the run and its state, until it has ended. None on hosts without Slurm;
+        UNKNOWN while Slurm does not answer."""
+        job = self.record.get("job")
+        if job is None or not slurm.is_here():
+            return None
+        try:
+            state = slurm.job_state(str(job))
+        except LaunchError:
+            state = "UNKNOWN"
+        return (str(job), state) if state in (*slurm.ACTIVE, "UNKNOWN") else None
 
     def exit_code(self) -> int:
-        """The run's own exit code by its state: 0 done, 143 stopped, 1 failed or lost, 3 never started."""
+        """The run's own exit code by its state: 0 done, 143 stopped, 1 failed or lost, 3 never started.
+
+        1 too for a job that ended before its trainer wrote anything: the state is then an older one.
+        """
+        status, record = self.run.status(), self.record
+        if "job" in record and status["state"] != "none" and status.get("heartbeat", 0) < record.get("time", 0):
+            return EXIT_FAILED
         return EXIT_CODES.get(self.state(), EXIT_FAILED)
 
     def tail(self, rank: int = 0, lines: int = 20) -> str:
         """The last lines of a rank's log. Raises NothingFoundError when the rank has none."""
         path = self.run.logs_path / f"rank-{rank}.log"
+        if "job" in self.record and not path.exists():  # the job's own log says why no rank was started
+            path = self.run.logs_path / f"slurm-{self.record['job']}.log"
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
@@ -83,7 +106,7 @@ class Handle:
                 return self.exit_code()
             if timeout is not None and time.monotonic() - began > timeout:
                 raise LaunchError(f"{self.run.path} must end within {timeout:g} s; it still trains, at step {last}")
-            time.sleep(POLL_S)
+            self._pause()
 
     def wait(self, timeout: float | None = None) -> int:
         """`attach` without looking at the metrics."""
@@ -111,9 +134,15 @@ class Handle:
                     f"{status.get('host')}, step {status.get('step')}. The request stands; look at tinylab runs and at "
                     f"{self.run.logs_path}"
                 )
-            time.sleep(POLL_S)
+            if self.state() != "running" and (job := self.job()) and job[1] in slurm.WAITING:
+                slurm.cancel(job[0])
+            self._pause()
         request.unlink(missing_ok=True)  # nobody is left who would obey it
         return self.state()
+
+    def _pause(self) -> None:
+        """Wait before the run is looked at again. Slurm is asked while no rank trains, and must not be asked often."""
+        time.sleep(SLURM_POLL_S if "job" in self.record and self.state() != "running" else POLL_S)
 
 
 def attach(run: Run | str | Path) -> Handle:

@@ -27,6 +27,7 @@ from pathlib import Path
 from tinylab.config.io import run_to_toml
 from tinylab.config.schema import RunConfig
 from tinylab.data.order import check_ranks
+from tinylab.dist import slurm
 from tinylab.dist.handle import POLL_S, RECORD, Handle
 from tinylab.dist.supervisor import last_message
 from tinylab.errors import EXIT_NOTHING_FOUND, EXIT_USAGE, ConfigError, LaunchError, NothingFoundError
@@ -63,7 +64,7 @@ def launch(
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {', '.join(MODES)}; found {mode!r}")
     if mode == "slurm":
-        raise LaunchError("mode slurm is not available yet; use mode torchrun, or a file of env/slurm")
+        return _submit(config, run, nodes, nproc, tied)
     mode = "torchrun" if mode == "auto" else mode
     nproc = nproc if nproc is not None else 1 if mode == "process" else _devices(config)
     if min(nproc, nodes) < 1 or (mode == "process" and nproc * nodes != 1):
@@ -98,6 +99,30 @@ def launch(
     return Handle(run)
 
 
+def _submit(config: RunConfig, run: Run, nodes: int, nproc: int | None, tied: bool | None) -> Handle:
+    """`launch` as a job of Slurm: returns when Slurm has accepted it."""
+    if tied:
+        raise ConfigError("a tied run must be on this machine; found mode slurm. Use mode torchrun, or leave tied out")
+    there = 0 if config.parallel.device == "cpu" else slurm.gpus_per_node()
+    gpus = there > 0 or config.parallel.device == "cuda"
+    nproc = nproc if nproc is not None else max(1, there)
+    if min(nproc, nodes) < 1:
+        raise ConfigError(f"nproc and nodes must be at least 1; found nproc = {nproc}, nodes = {nodes}")
+    check_ranks(config, nproc * nodes)
+    with _one_launch(run, 1):
+        settings = run.path / "launch.toml"
+        options = ["--config", str(settings)]
+        text = slurm.render(run, nodes=nodes, nproc=nproc, gpus=gpus, threads=config.parallel.threads, options=options)
+        script = slurm.place_script(run, text)
+        write_atomic(settings, run_to_toml(config))
+        (run.path / "stop").unlink(missing_ok=True)
+        record: dict[str, object] = {"mode": "slurm", "host": socket.gethostname(), "time": time.time()}
+        record |= {"job": slurm.submit(script), "world": nproc * nodes, "nodes": nodes, "nproc": nproc, "tied": False}
+        record["log"] = str(run.logs_path / "rank-0.log")
+        write_atomic(run.path / RECORD, json.dumps(record, indent=1))
+    return Handle(run)
+
+
 def _devices(config: RunConfig) -> int:
     """The GPUs of this machine that the configuration may use, else 1."""
     if config.parallel.device == "cpu":
@@ -125,6 +150,11 @@ def _one_launch(run: Run, nodes: int) -> Iterator[None]:
         except BlockingIOError:
             raise LaunchError(f"{run.path} is being launched by another command; wait for that one") from None
         status, handle = run.status(), Handle(run)
+        if job := handle.job():
+            raise LaunchError(
+                f"{run.path} must have one trainer at a time; found job {job[0]} of Slurm ({job[1]}). Follow it: "
+                f"tinylab attach {run.name}; or stop it: tinylab stop {run.name}"
+            )
         if status["state"] == "running":
             raise LaunchError(
                 f"{run.path} must have one trainer at a time; found another (pid {status['pid']} on {status['host']}, "

@@ -312,4 +312,7 @@ def last_message(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # Python's own end aborts (exit code 134) when torch's keep-alive thread is in C++ at that moment
