@@ -41,21 +41,48 @@ def test_the_heartbeat_is_written_at_most_once_a_second(tiny_config: RunConfig, 
     assert (status["state"], status["steps"], status["tokens"], status["loss"]) == ("running", 24, 2560, 3.25)
 
 
-def test_the_heartbeat_goes_on_while_no_step_ends(tiny_config: RunConfig, tmp_path: Path, monkeypatch: Any):
+def test_life_is_shown_while_no_step_ends_and_is_no_progress(tiny_config: RunConfig, tmp_path: Path, monkeypatch: Any):
     monkeypatch.setattr(hooks, "LONG_WORK_S", 0.01)
     run = Run(tmp_path)
     heartbeat = Heartbeat(run, tiny_config, 0)
     with heartbeat.beating():
         heartbeat.step(record(5))
-        first = run.status()["heartbeat"]
+        first = run.status()
         deadline = time.monotonic() + 10
-        while run.status()["heartbeat"] == first and time.monotonic() < deadline:
+        while run.status()["alive"] == first["alive"] and time.monotonic() < deadline:
             time.sleep(0.01)
     last = run.status()
-    assert last["heartbeat"] > first and (last["state"], last["step"], last["loss"]) == ("running", 5, 3.25)
+    assert last["alive"] > first["alive"] and last["heartbeat"] == first["heartbeat"]
+    assert (last["state"], last["step"], last["loss"]) == ("running", 5, 3.25)
     heartbeat.write("stopped")
     time.sleep(0.05)
     assert run.status()["state"] == "stopped", "nothing is written after the end"
+
+
+def test_a_run_that_hangs_is_lost_although_its_process_lives(tiny_config: RunConfig, tmp_path: Path, monkeypatch: Any):
+    clock = [1e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    run, heartbeat = Run(tmp_path), Heartbeat(Run(tmp_path), tiny_config, 0, 2)
+
+    def state_after(seconds: float) -> str:
+        clock[0] += seconds
+        heartbeat.write("running")  # the thread is alive
+        return run.status()["state"]
+
+    assert state_after(80_000) == "running", "data may take a day"
+    heartbeat.start(tiny_config, 0)
+    assert state_after(1_700) == "running", "the first step may compile"
+    heartbeat.step(record(6))
+    assert state_after(100) == "running"
+    heartbeat.step(record(7))
+    assert state_after(900) == "running", "a step took 100 s"
+    assert state_after(200) == "lost"
+    status = run.status()
+    assert status["reason"].startswith("no progress for 1100 s (training, after step 7); process ")
+    assert status["reason"].endswith("still runs") and status["world"] == 2
+    heartbeat.step(record(10))
+    assert state_after(1_700) == "running", "step 10 begins a checkpoint"
+    assert state_after(200) == "lost" and "(saving, after step 10)" in run.status()["reason"]
 
 
 def test_without_a_terminal_a_plain_line_comes_each_ten_seconds(

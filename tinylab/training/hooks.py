@@ -19,14 +19,24 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tinylab.checkpoint.retention import saves_at
 from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError
 from tinylab.runs.folder import Run
+from tinylab.runs.status import STALE_HEARTBEAT_S
 from tinylab.training.job import Job
 
 HEARTBEAT_S = 1.0
 LONG_WORK_S = 20.0
-"""Between heartbeats while no step ends: data are prepared, or a step or a checkpoint takes long."""
+"""Between signs of life while no step ends: data are prepared, or a step or a checkpoint takes long."""
+PREPARING_S = 86_400.0
+"""How long data and model may take to prepare before the run counts as hanging."""
+FIRST_STEP_S = 1_800.0
+"""The same for the first step, in which the model may be compiled."""
+SAVING_S = 1_800.0
+"""The same for a step that begins a checkpoint and may wait for the one before."""
+SLOW_STEPS = 10.0
+"""The same for every other step, as a multiple of the slowest so far; at least the silence allowed to a process."""
 PLAIN_LINE_S = 10.0
 """Between progress lines where standard error is no terminal."""
 BESIDE_WAIT_S = 60.0
@@ -110,22 +120,41 @@ class Hooks:
 
 
 class Heartbeat(Hook):
-    """Keeps `status.json` fresh, and knows which step the run has reached."""
+    """Keeps `status.json` fresh: which step the run has reached, when it last made progress, that its process lives.
 
-    def __init__(self, run: Run, config: RunConfig, step: int) -> None:
-        self._run, self._config = run, config
-        self._written = 0.0
+    Progress is a finished step, or the beginning of work that may take long and says how long; the thread that only
+    shows life is none. So a run that hangs is found out although its process lives.
+    """
+
+    def __init__(self, run: Run, config: RunConfig, step: int, world: int = 1) -> None:
+        self._run, self._config, self._world = run, config, world
+        self._written = self._slowest = 0.0
         self._last: dict[str, Any] = {}
         self._writing = threading.Lock()
         self.at = step
+        self.begin("preparing data and model", PREPARING_S)
 
     @property
     def tokens(self) -> int:
         """Tokens after the step reached."""
         return self._config.tokens_at(self.at)
 
+    def begin(self, doing: str, allowance_s: float) -> None:
+        """Note that work begins which may take `allowance_s` seconds until the next progress."""
+        self._progress = {"heartbeat": time.time(), "doing": doing, "allowance_s": round(allowance_s, 3)}
+
+    def start(self, config: RunConfig, step: int) -> None:
+        self._slowest = 0.0
+        self.begin("the first step", FIRST_STEP_S)
+
     def step(self, record: dict[str, Any]) -> None:
-        self.at = record["step"]
+        first, self.at = self._progress["doing"] == "the first step", record["step"]
+        if not first:  # which may have compiled the model
+            self._slowest = max(self._slowest, time.time() - self._progress["heartbeat"])
+        if saves_at(self._config, self.at):
+            self.begin("saving", SAVING_S)
+        else:
+            self.begin("training", max(STALE_HEARTBEAT_S, SLOW_STEPS * self._slowest))
         now = time.monotonic()
         if now - self._written >= HEARTBEAT_S:
             self._written = now
@@ -134,18 +163,19 @@ class Heartbeat(Hook):
 
     def write(self, state: str, **more: Any) -> None:
         """Replace the status now. Raises CheckpointError when the run folder is gone."""
+        plan = {"steps": self._config.steps, "tokens": self.tokens, "world": self._world}
         with self._writing:
             self._run.require_place()
-            self._run.write_status(state, self.at, steps=self._config.steps, tokens=self.tokens, **more)
+            self._run.write_status(state, self.at, **plan, **self._progress, **more)
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Keep the status fresh from a thread: a run that is silent for two minutes counts as lost."""
+        """Show from a thread that the process lives: a run that is silent for two minutes counts as lost."""
         ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(LONG_WORK_S):
-                with suppress(CheckpointError):  # the loop's own write will tell
+                with suppress(CheckpointError):  # the loop's own write will say so
                     self.write("running", **self._last)
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
