@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from tinylab.config.counts import format_count
 from tinylab.config.io import run_to_toml
-from tinylab.errors import ConfigError, TinylabError
+from tinylab.errors import CheckpointError, ConfigError, TinylabError
 from tinylab.html.page import page_html
 from tinylab.html.parts import captioned, code, heading, paragraph
 from tinylab.html.tables import table_html
@@ -19,7 +18,9 @@ from tinylab.plots.corpus import mixture_of
 from tinylab.plots.scores import score_trajectories
 from tinylab.plots.training import gradient_norm, learning_rate, loss_curves, throughput, validation_bits
 from tinylab.runs.durable import disk_error, write_atomic
+from tinylab.runs.effective_time import effective_time
 from tinylab.runs.folder import Run
+from tinylab.runs.regular import read_json
 
 
 def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: str = "") -> Path:
@@ -54,13 +55,15 @@ def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: st
 
 def _summary(runs: list[Run]) -> str:
     """One row per run, and one sentence on what happened."""
-    rows, sentences = [], []
+    rows, times, sentences = [], [], []
     for run in runs:
         records, config = run.metric_records(), run.config
-        last = records[-1] if records else {"step": 0, "tokens": 0}
+        last = {"step": 0, "tokens": 0, **(records[-1] if records else {})}
         measured = [r for r in records if r.get("validation_loss") is not None]
         newest = measured[-1] if measured else {}
-        speeds = sorted(r["tokens_per_s"] for r in records[1:])
+        speeds = sorted(r["tokens_per_s"] for r in records[1:] if r.get("tokens_per_s"))
+        spent = effective_time(run.journal(), records)
+        times.append({"run": run.name, **{part: round(seconds, 1) for part, seconds in spent.parts.items()}})
         rows.append(
             {
                 "run": run.name,
@@ -72,7 +75,8 @@ def _summary(runs: list[Run]) -> str:
                 "validation loss (nats)": newest.get("validation_loss"),
                 "bits per byte": newest.get("bits_per_byte"),
                 "tokens/s (median)": round(speeds[len(speeds) // 2]) if speeds else None,
-                "time in steps (s)": round(sum(r["step_time_s"] for r in records)),
+                "time (s)": round(spent.wall_s),
+                "effective training time": "n/a" if spent.ratio is None else f"{spent.ratio:.1%}",
                 "checkpoints": len(run.checkpoints()),
             }
         )
@@ -81,7 +85,8 @@ def _summary(runs: list[Run]) -> str:
                 f"{run.name}: validation loss went from {measured[0]['validation_loss']:.2f} to "
                 f"{newest['validation_loss']:.2f} nats per token over {format_count(last['tokens'])} tokens."
             )
-    return paragraph(" ".join(sentences)) + table_html(rows, "Runs")
+    title = "Seconds by cause; effective training time is the share of the steps that the run kept"
+    return paragraph(" ".join(sentences)) + table_html(rows, "Runs") + table_html(times, title)
 
 
 def _loss(runs: list[Run]) -> str:
@@ -163,8 +168,8 @@ def _data(run: Run) -> str:
 
 def _provenance(run: Run) -> str:
     try:
-        provenance: dict[str, Any] = json.loads(run.provenance_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        provenance: dict[str, Any] = dict(read_json(run.provenance_path))
+    except (OSError, CheckpointError, ValueError, TypeError):
         provenance = {"provenance.json": "missing or unreadable"}
     if "time" in provenance:
         provenance = {"time (UTC)": _utc(provenance.pop("time"))} | provenance
@@ -180,5 +185,8 @@ def _provenance(run: Run) -> str:
     return table_html(provenance, "Provenance") + (table_html(events, "Journal") if events else "")
 
 
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+def _utc(seconds: Any) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (TypeError, ValueError, OverflowError, OSError):
+        return str(seconds)

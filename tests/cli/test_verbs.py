@@ -143,6 +143,24 @@ def test_verify_names_every_damaged_file_of_a_run(folder: Path, tmp_path: Path, 
         assert any(str(path) in problem for problem in found["problems"])
 
 
+def test_verify_compares_metrics_and_journal_with_what_the_checkpoints_sealed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = Run(shutil.copytree(folder / "mine", tmp_path / "mine"))
+    lines = run.metrics_path.read_bytes().splitlines(keepends=True)
+    run.metrics_path.write_bytes(b"".join(lines[:6] + lines[7:]))
+    run.journal_path.write_bytes(run.journal_path.read_bytes().replace(b'"stage": "only"', b'"stage": "lone"'))
+    found = answer(capsys, "verify", str(run.path), code=1)
+    assert found["problems"] == [
+        f"{run.journal_path}: 1 of {journal_lines(run)} sealed lines missing or altered, the first at line 2",
+        f"{run.metrics_path}: 1 of 16 sealed lines missing or altered, the first at line 7",
+    ]
+
+
+def journal_lines(run: Run) -> int:
+    return json.loads((run.checkpoints()[-1] / "trainer" / "trainer.json").read_text())["journal"]["lines"]
+
+
 def test_verify_names_a_damaged_shard(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     shard = next((tmp_path / "prepared" / "train").rglob("*.bin"))

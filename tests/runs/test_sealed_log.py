@@ -108,6 +108,18 @@ def test_damage_is_named_by_line_and_the_copy_is_put_back(log: MetricsLog, damag
     assert again.seal()["sha256"] == hashlib.sha256(kept).hexdigest()
 
 
+def test_damage_of_the_copy_alone_is_named_with_the_remedy(log: MetricsLog):
+    seal = sealed(log)
+    log.copy_path.write_bytes(log.copy_path.read_bytes()[:-9])
+    again = MetricsLog(log.path)
+    (found,) = again.damage([seal])
+    assert found == f"{log.copy_path} is not the copy of the sealed lines: remove it, the next commit makes it again"
+    log.copy_path.unlink()
+    assert again.repair([seal]) == []
+    again.seal()
+    assert again.damage([seal]) == [] and log.copy_path.read_bytes() == log.path.read_bytes()
+
+
 def test_a_missing_file_is_put_back(log: MetricsLog):
     seal, whole = sealed(log), log.path.read_bytes()
     log.path.unlink()

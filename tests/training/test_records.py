@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tinylab.config.io import override
+from tinylab.runs.effective_time import effective_time
 from tinylab.runs.folder import Run
 
 KILL = int(signal.SIGKILL)
@@ -146,6 +147,20 @@ def test_pruned_and_quarantined_checkpoints_have_not_vanished(trainer: Any, prun
     for _ in range(2):
         ended = trainer.go(run.path, pruned_config, signal_at=(23, KILL))
         assert "lacks what was committed" not in ended.stderr, ended.stderr
+
+
+def test_the_time_of_a_killed_run_is_accounted_for(run: Run, trainer: Any):
+    assert trainer.go(run.path).code == 0
+    journal, metrics = run.journal(), run.metric_records()
+    found = effective_time(journal, metrics)
+    first, resumed = (next(x for x in journal if x["event"] == event) for event in ("started", "resumed"))
+    assert found.wall_s == pytest.approx(journal[-1]["time"] - first["time"] + first["restart_s"], abs=0.01)
+    assert found.parts["steps"] + found.parts["data_wait"] == pytest.approx(sum(r["step_time_s"] for r in metrics))
+    assert found.parts["repeated"] == resumed["repeated_s"] > 0
+    assert found.parts["restart"] == pytest.approx(first["restart_s"] + resumed["restart_s"])
+    assert found.parts["save"] > 0 and found.parts["validation"] > 0
+    assert first["time"] < resumed["last_seen"] < resumed["time"] - resumed["restart_s"]
+    assert found.ratio == pytest.approx(found.parts["steps"] / found.wall_s)
 
 
 def test_a_configuration_that_failed_in_preparation_does_not_keep_the_folder(trainer: Any, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,13 +12,15 @@ from tyro.conf import arg
 
 from tinylab.cli.output import Answer
 from tinylab.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, NothingFoundError
-from tinylab.runs.durable import read_lines
 from tinylab.runs.folder import Run, resolve_run, step_of
 from tinylab.runs.manifest import MANIFEST, Progress, verify_folder
+from tinylab.runs.regular import read_json
+from tinylab.runs.sealed_log import stored_seals
 
 
 def verify_verb(path: Annotated[str, arg(metavar="PATH")], /) -> Answer:
-    """Compare every file with its manifest: a checkpoint, a run with all its checkpoints, or a folder of shards.
+    """Compare every file with its manifest: a checkpoint, a folder of shards, or a run with all its checkpoints, where
+    journal and metrics are compared with what the checkpoints sealed.
 
     Lists every problem; exit code 1 if there is one, 3 if there is nothing to verify.
 
@@ -66,8 +67,8 @@ def _verify(folder: Path) -> tuple[str, int, list[str]]:
 def _is_data(folder: Path) -> bool:
     """Whether the manifest is one of token shards; a damaged one counts by the folder's layout."""
     try:
-        return "fingerprint" in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "fingerprint" in read_json(folder / MANIFEST, follow=True)
+    except (OSError, CheckpointError, TypeError):
         return (folder / "train").is_dir()
 
 
@@ -94,17 +95,14 @@ def _progress(folder: Path) -> Iterator[Progress]:
 
 
 def _verify_run(run: Run) -> tuple[str, int, list[str]]:
-    """Every checkpoint against its manifest, and the lines of journal and metrics."""
+    """Every checkpoint against its manifest, journal and metrics against their seals, and the configuration."""
     problems: list[str] = []
     try:
         _ = run.config
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         problems.append(str(error))
-    for path in (run.journal_path, run.metrics_path):
-        try:
-            read_lines(path)
-        except CheckpointError as error:
-            problems.append(str(error))
+    problems += run.journal_log.damage(stored_seals(run.checkpoints(), "journal"))
+    problems += run.metrics_log.damage(stored_seals(run.checkpoints(), "metrics"))
     folders = [p for p in run.checkpoints_path.glob("step-*") if p.is_dir()]
     for folder in sorted(folders, key=lambda p: step_of(p.name) or 0):
         problems += _checkpoint_problems(folder)

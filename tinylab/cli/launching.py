@@ -20,7 +20,18 @@ from tinylab.runs.summary import condition, require_known, run_summary, select, 
 
 LINE_S = 10.0
 """Between the lines of `attach`."""
-COLUMNS = ("run", "state", "step", "steps", "tokens", "loss", "validation_loss", "world", "checkpoints")
+COLUMNS = (
+    "run",
+    "state",
+    "step",
+    "steps",
+    "tokens",
+    "loss",
+    "validation_loss",
+    "world",
+    "checkpoints",
+    "effective_time",
+)
 
 
 def launch_verb(

@@ -16,6 +16,7 @@ from tinylab.config.io import parse_run, run_to_toml
 from tinylab.config.schema import RunConfig
 from tinylab.errors import CheckpointError, ConfigError, NothingFoundError
 from tinylab.runs.durable import disk_error, failpoint, write_atomic
+from tinylab.runs.effective_time import TrainerClock
 from tinylab.runs.journal import JournalLog
 from tinylab.runs.metrics import MetricsLog
 from tinylab.runs.regular import open_regular, read_regular
@@ -91,6 +92,7 @@ class Run:
         self.logs_path = self.path / "logs"
         self.journal_log = JournalLog(self.journal_path)
         self.metrics_log = MetricsLog(self.metrics_path)
+        self.clock = TrainerClock()
         self._lock_path = self.path / "lock"
         self._lock: int | None = None
 
@@ -201,6 +203,14 @@ class Run:
                 raise
             os.ftruncate(self._lock, 0)
             write()
+
+    def last_seen(self) -> float | None:
+        """When anything was last written by a trainer (Unix s): a step, an event, a sign of life; None if never."""
+        status, times = self.status(), [line["time"] for line in self.journal()[-1:]]
+        with suppress(OSError):
+            times.append(self.metrics_path.lstat().st_mtime)
+        times += [status[key] for key in ("heartbeat", "alive") if isinstance(status.get(key), float)]
+        return max((t for t in times if 0 < t < 1e15), default=None)
 
     def journal(self) -> list[dict[str, Any]]:
         """Every complete journal line, oldest first. Raises CheckpointError naming a damaged one."""

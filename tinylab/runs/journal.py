@@ -9,6 +9,9 @@ from typing import Any
 
 from tinylab.runs.sealed_log import SealedLog
 
+LATEST_S = 1e11
+"""Unix time of the year 5138: what is later is damage."""
+
 
 class JournalLog(SealedLog):
     """Appends events to `journal.jsonl`, from any thread."""
@@ -26,7 +29,7 @@ class JournalLog(SealedLog):
         """Why a line is no event: `event` must be text and `time` a number."""
         if not isinstance(record.get("event"), str):
             return f"event must be text; found {str(record.get('event'))[:80]!r}"
-        if not isinstance(record.get("time"), int | float):
+        if not isinstance(record.get("time"), int | float) or not 0 <= record["time"] < LATEST_S:
             return f"time must be a number; found {str(record.get('time'))[:80]!r}"
         return None
 

@@ -26,6 +26,7 @@ UNITS = {
     "peak_memory_gib": "GiB on this rank",
     "validation_loss": "nats per token on held-out documents, after the step",
     "bits_per_byte": "bits per byte of held-out text, after the step",
+    "validation_s": "s to measure them, not part of step_time_s",
 }
 """Every metric and its unit."""
 

@@ -167,6 +167,8 @@ class SealedLog:
             return [str(error)]
         if broken := self._broken(seals):
             return [f"{self.path}: {self._compared(broken, seals[-1], self._sealed_lines(seals[-1]))}"]
+        if seals and seals[-1].lines and not self._sealed_lines(seals[-1]):
+            return [f"{self.copy_path} is not the copy of the sealed lines: remove it, the next commit makes it again"]
         return [f"{self.path}, line {number}: {problem}" for number, problem in self._bad_lines()]
 
     def repair(self, seals: Sequence[Seal]) -> list[str]:

@@ -12,6 +12,7 @@ from tinylab.config.counts import parse_count
 from tinylab.config.io import run_to_dict
 from tinylab.config.schema import RunConfig
 from tinylab.errors import ConfigError, TinylabError, did_you_mean
+from tinylab.runs.effective_time import effective_time
 from tinylab.runs.folder import Run
 
 COMPARE = {
@@ -26,8 +27,12 @@ Row = dict[str, Any]
 
 
 def run_summary(run: Run) -> Row:
-    """State and progress of a run: step, tokens, losses (nats per token), ranks, checkpoints, heartbeat's age (s)."""
+    """State and progress of a run: step, tokens, losses (nats per token), ranks, checkpoints, heartbeat's age (s).
+
+    `effective_time` is the share of its time spent in steps that it kept, `time_s` all of its time by cause (s).
+    """
     config, status, records = run.config, run.status(), run.metric_records()
+    spent = effective_time(run.journal(), records)
     last = records[-1] if records else {}
     measured = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
     heartbeat = status.get("heartbeat")
@@ -44,6 +49,8 @@ def run_summary(run: Run) -> Row:
         "world": status.get("world") or _journaled_world(run),
         "checkpoints": len(run.checkpoints()),
         "heartbeat_age_s": round(time.time() - heartbeat, 1) if heartbeat else None,
+        "effective_time": spent.ratio and round(spent.ratio, 4),
+        "time_s": {part: round(seconds, 3) for part, seconds in spent.parts.items()},
     }
 
 

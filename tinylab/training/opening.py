@@ -74,6 +74,7 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
                 torn.unlink()
         notes = run.journal_log.repair(stored_seals(run.checkpoints(), "journal"))
         repaired = bool(notes)
+        run.clock.open(run.last_seen())
         if run.exists() and _has_begun(run):
             _require_same(config, run)
         else:
@@ -218,5 +219,5 @@ def begin_lineage(job: Job, checkpoint: Path | None) -> None:
         more["repeated_steps"] = len(repeated)
         more["repeated_s"] = round(sum(line.get("step_time_s") or 0.0 for line in repeated), 3)
         more["changed"] = {k: [record[k], v] for k, v in layout.items() if record.get(k, v) != v}
-    job.run.write_journal("resumed" if begun else "started", **more, **layout)
+    job.run.write_journal("resumed" if begun else "started", **more, **layout, **job.run.clock.started())
     failpoint("begin.journaled")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import cached_property
 
 import torch
@@ -34,19 +35,20 @@ class Validator:
         self._precision = precision
 
     def after(self, model: Llama, step: int) -> dict[str, float]:
-        """`validation_loss` and `bits_per_byte` if the run measures after `step`, else nothing.
+        """`validation_loss`, `bits_per_byte` and the seconds it took if the run measures after `step`, else nothing.
 
         Every rank must call it. Raises TinylabError naming the step when the loss is not finite.
         """
         if not validates_at(self._config, step):
             return {}
+        began = time.perf_counter()
         measured = self.measure(model)
         if not all(map(math.isfinite, measured.values())):
             raise TinylabError(
                 f"the validation loss after step {step} must be finite; found {measured['validation_loss']}. "
                 "Lower optimizer.lr or set optimizer.clip_norm in a new run"
             )
-        return measured
+        return measured and measured | {"validation_s": round(time.perf_counter() - began, 6)}
 
     @torch.no_grad()
     def measure(self, model: Llama) -> dict[str, float]:
