@@ -56,7 +56,7 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
         new = context.sum_integers([int(context.is_main and not run.exists())])[0]
         attention = choose_backend(config, run, context) if new else {}  # before a run begins that cannot go on
         checkpoint = open_run(config, run, context)
-        heartbeat = Heartbeat(run, config, _step_of(checkpoint))
+        heartbeat = Heartbeat(run, config, _step_of(checkpoint), context.world)
         if not attention and heartbeat.at < config.steps:
             attention = choose_backend(config, run, context)
         with _reported(run, context, heartbeat), other_ranks_alive(context):
