@@ -94,6 +94,19 @@ def test_activations_are_as_large_as_what_autograd_keeps():
     assert activation_bytes_per_token(config, "fp32") * ids.numel() == pytest.approx(real, rel=0.1)
 
 
+def test_recomputing_leaves_the_inputs_of_the_layers_and_one_layer_that_has_everything():
+    none, selective, full = (activation_bytes_per_token(SMALL, "fp32", r) for r in ("none", "selective", "full"))
+    outside = 3 * 4 * 48
+    layer = (none - outside) // 3
+    assert full == 3 * 4 * 48 + layer + outside
+    # attention: 4 + 2 · 2 heads of 12 values, its result and the last product; gate, up; down
+    assert selective == full + 3 * 4 * ((4 + 2 * 2) * 12 + 4 * 12 + 48 + 2 * 80 + 48)
+    assert full < selective < none
+    run = tinyllama_1b()
+    less = replace(run, parallel=replace(run.parallel, recompute="full"))
+    assert memory_bytes(less)["activations"] < memory_bytes(run)["activations"] / 5
+
+
 def test_training_state_is_16_bytes_a_parameter_and_shards():
     one, sixteen = (training_memory_bytes(tinyllama_1b().model, 8, gpus=n) for n in (1, 16))
     assert one["weights"] + one["gradients"] + one["moments"] == 16 * 1_100_048_384

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,40 @@ def test_the_number_of_ranks_may_change_between_starts(strategy: str, trainer: A
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
+def largest_difference(one: Run, two: Run) -> float:
+    """Of the losses of two runs, relative, over all steps."""
+    pairs = zip(one.metric_records(), two.metric_records(), strict=True)
+    return max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs)
+
+
+def test_in_bf16_one_and_two_ranks_differ_by_no_more_than_its_rounding_explains(trainer: Any, tmp_path: Path):
+    """The bound is 2^16 times the difference of the same two layouts in fp32, or 2^-7 where that is smaller.
+
+    Two layouts compute the same sums from other parts: each part is rounded to a relative error of at most u/2, with
+    u = 2^-23 in fp32 and u = 2^-7 in bf16 (8 significant bits against 24). So their gradients differ by u · e, where e
+    (which parts, how large, which way they are rounded) depends on weights and samples and not on the precision. What a
+    difference of gradients does to the later weights and losses is, to first order, a linear map that depends on the
+    trajectory alone. Hence the losses differ by u · c in both precisions with the same kind of c, and in bf16 by the
+    ratio of the two u = 2^16 more than in fp32. fp32 rounds more often (also inside each product, whose sums bf16 keeps
+    in fp32), so the ratio is on the safe side. First order ends where the difference is no longer small: u = 2^-7, one
+    rounding of every gradient, is where the bound stops. Longer runs of any two layouts part like runs of two seeds.
+    """
+    found = {}
+    for precision in ("fp32", "bf16"):
+        runs = []
+        for ranks in (1, 2):  # one pass of 8 sequences, or two of 4
+            runs.append(Run(tmp_path / f"{precision}-{ranks}"))
+            changes = [f"parallel.precision={precision}", "parallel.micro_batch=8"]
+            ended = trainer.go(runs[-1].path, override(trainer.config, changes), ranks=ranks)
+            assert ended.code == 0, ended.stderr
+        found[precision] = largest_difference(*runs)
+    in_fp32, in_bf16 = found["fp32"], found["bf16"]
+    bound = min(2**16 * max(in_fp32, 2**-24), 2**-7)  # losses are stored to no better than one rounding of fp32
+    print(f"1 and 2 ranks: losses within {in_fp32:.1e} in fp32, {in_bf16:.1e} in bf16; bound {bound:.1e}")
+    assert in_fp32 <= 1e-5
+    assert 0 < in_bf16 <= bound
+
+
 CANONICAL = ["parallel.reduction=canonical"]
 LAYOUTS = {"2 ddp": (2, "ddp", {}), "2 fsdp": (2, "fsdp", {}), "4 hsdp": (4, "hsdp", {"LOCAL_WORLD_SIZE": "2"})}
 
@@ -116,6 +151,25 @@ def test_canonical_runs_have_the_same_bits_on_any_number_of_ranks(
     config = override(trainer.config, [*CANONICAL, f"parallel.strategy={strategy}"])
     ended = trainer.go(run.path, config, ranks=ranks, env=env)
     assert ended.code == 0, ended.stderr
+    assert learnt(run) == learnt(canonical_reference)
+
+
+@pytest.mark.goal("R5")
+@pytest.mark.parametrize("worlds", [(1, 2, 1), (2, 1, 2)], ids=["1 2 1", "2 1 2"])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.stress) for n in range(1, 20))])
+def test_killed_and_resumed_on_other_ranks_a_canonical_run_ends_bit_equal(
+    seed: int, worlds: tuple[int, ...], trainer: Any, canonical_reference: Run, tmp_path: Path
+):
+    """Killed twice at random steps; the strategy of two ranks changes too."""
+    run, generator = Run(tmp_path / "run"), random.Random(f"{seed} {worlds}")
+    for last, ranks in enumerate(worlds, start=1 - len(worlds)):
+        config = override(trainer.config, [*CANONICAL, f"parallel.strategy={generator.choice(['ddp', 'fsdp'])}"])
+        failpoint = f"step.logged:{generator.randint(2, 8)}" if last else ""
+        ended = trainer.go(run.path, config, ranks=ranks, failpoint=failpoint)
+        assert (ended.code == 0) is (last == 0), f"seed {seed}: {ended}"
+    assert [x["world_size"] for x in run.journal() if x["event"] in ("started", "resumed")] == list(worlds)
+    for ours, theirs in zip(run.metric_records(), canonical_reference.metric_records(), strict=True):
+        assert ours["data_hash"] == theirs["data_hash"]
     assert learnt(run) == learnt(canonical_reference)
 
 

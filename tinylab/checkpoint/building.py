@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinylab.config.schema import RunConfig
 from tinylab.dist.context import Context
-from tinylab.dist.parallel import fill_slices, is_sharded, shard_model
+from tinylab.dist.parallel import fill_slices, is_sharded, require_equal_machines, shard_model
 from tinylab.dist.recompute import recompute_blocks
 from tinylab.formats.identity import model_weight_hash
 from tinylab.formats.load import load_folder, open_weights
@@ -22,8 +22,10 @@ def build_model(config: RunConfig, context: Context, checkpoint: Path | None) ->
     """The model after `checkpoint`, or the fresh one, ready to train: fp32, on this rank's device, sharded if asked.
 
     Its values are the same for any strategy and number of ranks; where it is sharded, no rank ever holds all of it.
-    Raises LaunchError when the ranks' weights are not equal, and CheckpointError when the checkpoint does not fit.
+    Raises LaunchError when the ranks' weights or numbers per machine are not equal as they must be, and CheckpointError
+    when the checkpoint does not fit.
     """
+    require_equal_machines(config.parallel, context)
     build = _sharded if is_sharded(config.parallel, context) else _whole
     model, digest = build(config, context, checkpoint)
     if context.world > 1:

@@ -131,7 +131,8 @@ class _CanonicalReduceScatter:
         if not self.last:
             return
         own = torch.empty(output_tensor.shape, dtype=torch.int64, device=output_tensor.device)
-        distributed.reduce_scatter_tensor(own, self.total.units, group=group)
+        scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor  # torch 2.11
+        scatter(own, self.total.units, group=group)
         if self._replicas is not None:
             distributed.all_reduce(own, group=self._replicas)
             if distributed.get_rank(self._replicas) > 0:

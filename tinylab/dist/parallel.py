@@ -66,8 +66,7 @@ def is_sharded(parallel: Parallel, context: Context) -> bool:
 def shard_model(model: nn.Module, parallel: Parallel, context: Context) -> None:
     """Under `fsdp` and `hsdp`, replace every parameter by this rank's slice. Before the optimizer is built.
 
-    The model may be on the meta device; `fill_slices` then gives it memory. Raises LaunchError when machines have
-    unequal numbers of ranks under `hsdp`.
+    The model may be on the meta device; `fill_slices` then gives it memory.
     """
     if not is_sharded(parallel, context):
         return
@@ -76,7 +75,6 @@ def shard_model(model: nn.Module, parallel: Parallel, context: Context) -> None:
 
     shape, names = (context.world,), ("shard",)
     if strategy_of(parallel, context) == "hsdp":
-        _require_equal_machines(context)
         shape, names = (context.world // context.local_world, context.local_world), ("replicate", "shard")
     mesh = init_device_mesh(context.device.type, shape, mesh_dim_names=names)
     for block in model.get_submodule("blocks").children():
@@ -85,12 +83,15 @@ def shard_model(model: nn.Module, parallel: Parallel, context: Context) -> None:
     register_fsdp_forward_method(model, "hidden")
 
 
-def _require_equal_machines(context: Context) -> None:
-    """Raise LaunchError unless every machine of the job has as many ranks as the others."""
+def require_equal_machines(parallel: Parallel, context: Context) -> None:
+    """Raise LaunchError when the ranks may be laid out by machine and machines have unequal numbers of them."""
+    by_machine = parallel.strategy == "hsdp" or (parallel.strategy == "auto" and context.device.type == "cuda")
+    if context.world == 1 or not by_machine:
+        return
     counts = [int(part) for part in context.gather_tensor(torch.tensor(context.local_world))]
     if len(set(counts)) > 1 or context.world % context.local_world:
         raise LaunchError(
-            'parallel.strategy = "hsdp" needs as many ranks on each machine as on the others; found '
+            f'parallel.strategy = "{parallel.strategy}" needs as many ranks on each machine as on the others; found '
             f"{', '.join(map(str, sorted(set(counts))))} ranks per machine, {context.world} in all. "
             'Start equal numbers, or set parallel.strategy = "fsdp"'
         )

@@ -79,14 +79,20 @@ def kv_cache_bytes_per_token(config: Model, dtype: str = "bf16") -> int:
 
 
 def training_memory_bytes(
-    config: Model, micro_batch: int, *, gpus: int = 1, shard: bool = True, precision: str = "bf16"
+    config: Model,
+    micro_batch: int,
+    *,
+    gpus: int = 1,
+    shard: bool = True,
+    precision: str = "bf16",
+    recompute: str = "none",
 ) -> dict[str, int]:
     """Bytes on one GPU at the peak of a training step, by part, and their `total`.
 
     `weights`, `gradients` and `moments` are fp32, divided by the GPUs when sharded (FSDP2); `gathered` is the largest
     unit then whole in the compute dtype: one block, or embedding and head, twice for the one fetched ahead.
-    `activations` counts what each layer keeps for its backward pass without checkpointing; `logits` one chunk of the
-    loss. An estimate: fragmentation, communication buffers and the CUDA context (about 1 GB) come on top.
+    `activations` counts what each layer keeps for its backward pass; `logits` one chunk of the loss. An estimate:
+    fragmentation, communication buffers and the CUDA context (about 1 GB) come on top.
     """
     counts = parameter_counts(config)
     total = counts["total"]
@@ -100,24 +106,32 @@ def training_memory_bytes(
         "gradients": -(-4 * total // ranks),
         "moments": -(-8 * total // ranks),
         "compute copies": compute * (2 * block + outer) if ranks > 1 else (compute * total if compute < 4 else 0),
-        "activations": tokens * activation_bytes_per_token(config, precision),
+        "activations": tokens * activation_bytes_per_token(config, precision, recompute),
         "logits": logits_bytes(config, tokens, precision),
     }
     parts["total"] = sum(parts.values())
     return parts
 
 
-def activation_bytes_per_token(config: Model, precision: str = "bf16") -> int:
-    """Bytes that one token keeps for the backward pass, no checkpointing.
+def activation_bytes_per_token(config: Model, precision: str = "bf16", recompute: str = "none") -> int:
+    """Bytes that one token keeps for the backward pass, at most at one time.
 
     A layer keeps, in the compute dtype: both normed inputs (2C), q, k, v before and q, k after rotation, attention's
     output (about 3·H·D + 3·K·D), gate and up, their silu and product (4F); in fp32: the residual stream twice (2C).
     Outside the layers the embedding, the last norm's input and output.
+
+    `recompute` = `full`: a layer keeps its input (C in fp32); `selective`: also the results of its products (q, k, v,
+    attention's, gate and up, down) and of attention in the compute dtype. Either way one layer at a time has all.
     """
     C, D, compute = config.d_model, config.head_size, _size(precision)
     heads = 3 * config.n_head * D + 3 * config.n_kv_head * D
     layer = compute * (2 * C + heads + 4 * config.d_ff) + 4 * 2 * C
-    return config.n_layer * layer + 3 * 4 * C
+    if recompute == "none":
+        return config.n_layer * layer + 3 * 4 * C
+    kept = 4 * C
+    if recompute == "selective":
+        kept += compute * (2 * C + 2 * (config.n_head + config.n_kv_head) * D + 2 * config.d_ff)
+    return config.n_layer * kept + layer + 3 * 4 * C
 
 
 def logits_bytes(config: Model, tokens: int, precision: str = "bf16", chunk_elements: int = 2**27) -> int:
@@ -144,7 +158,9 @@ def memory_bytes(run: RunConfig, *, gpus: int = 1) -> dict[str, int]:
     precision = "fp32" if run.parallel.precision == "fp32" else "bf16"  # `auto`: GPUs worth planning for have it
     micro_batch = min(run.parallel.micro_batch, -(-run.stages[0].batch_tokens // (run.model.seq_len * gpus)))
     shard = run.parallel.strategy != "ddp"
-    return training_memory_bytes(run.model, micro_batch, gpus=gpus, shard=shard, precision=precision)
+    return training_memory_bytes(
+        run.model, micro_batch, gpus=gpus, shard=shard, precision=precision, recompute=run.parallel.recompute
+    )
 
 
 def _size(dtype: str) -> int:
