@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,9 +85,24 @@ def test_two_ranks_are_launched_followed_row_by_row_and_end(run: Run, prepared: 
     assert {k: record[k] for k in ("mode", "world", "nodes", "nproc", "tied")} == {
         "mode": "torchrun", "world": 2, "nodes": 1, "nproc": 2, "tied": False,
     }  # fmt: skip
-    assert is_gone(record["pid"])
+    until(lambda: is_gone(record["pid"]))
     assert launch(None, run, nproc=1).wait(timeout=60) == 0, "a finished run is left as it is"
     assert run.metric_records() == rows
+
+
+def test_two_nodes_are_launched_by_the_same_call_on_each(run: Run, prepared: RunConfig, tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "run.toml").write_text(run_to_toml(prepared))
+    command = [sys.executable, "-m", "tinylab", "launch", str(run.path), "--config", str(tmp_path / "run.toml")]
+    command += ["--nproc", "1", "--nodes", "2", "--rendezvous", rendezvous, "--json"]
+    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [json.loads(node.communicate(timeout=120)[0]) for node in nodes]
+    assert [(answer["mode"], answer["world"]) for answer in answers] == [("torchrun", 2)] * 2
+    assert Handle(run).wait(timeout=120) == 0
+    assert [row["step"] for row in run.metric_records()] == list(range(1, 13))
+    assert run_summary(run)["world"] == 2
+    assert sorted(p.name for p in run.logs_path.glob("rank-*")) == ["rank-0.log", "rank-1.log"]
 
 
 def test_a_run_is_stopped_through_its_folder_and_resumed_on_another_number_of_ranks(run: Run, prepared: RunConfig):
@@ -98,7 +114,7 @@ def test_a_run_is_stopped_through_its_folder_and_resumed_on_another_number_of_ra
     pids = children_of(handle.record["pid"])
     assert len(pids) == 2
     assert tinylab.attach(run.path).stop(timeout=60) == "stopped"
-    assert all(is_gone(pid) for pid in (*pids, handle.record["pid"]))
+    until(lambda: all(is_gone(pid) for pid in (*pids, handle.record["pid"])))
     assert not (run.path / "stop").exists()
     assert handle.exit_code() == 143
     last = run.metric_records()[-1]["step"]

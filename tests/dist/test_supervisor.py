@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tinylab.dist.rank_logs import RankLogs, last_message
+from tinylab.dist.supervisor import cause, exit_code_of
 from tinylab.dist.watch import OTHERS_GONE
-from tinylab.dist.supervisor import RankLogs, cause, exit_code_of, last_message
 
 from .tiny_run import until
 
@@ -183,7 +184,7 @@ def is_open(port: int) -> bool:
 
 
 def test_two_nodes_meet_over_c10d_and_their_ranks_are_counted_together(forker: Forker):
-    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--local-addr", "127.0.0.1"]
+    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
     meet += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     nodes = [forker.start(*meet, ranks=1) for _ in range(2)]
     forker.ranks()

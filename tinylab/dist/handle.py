@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Callable
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tinylab.dist import slurm
-from tinylab.errors import EXIT_FAILED, EXIT_NOTHING_FOUND, LaunchError, NothingFoundError
+from tinylab.errors import EXIT_FAILED, EXIT_NOTHING_FOUND, CheckpointError, LaunchError, NothingFoundError
 from tinylab.runs.durable import disk_error, process_exists
 from tinylab.runs.folder import Run
 from tinylab.runs.following import MetricsReader
+from tinylab.runs.regular import read_json
 
 POLL_S = 0.2
 """How often a waiting caller looks at the run folder."""
@@ -39,8 +39,8 @@ class Handle:
     def record(self) -> dict[str, Any]:
         """What `launch` wrote down: mode, host, pid or job, world, nodes, nproc, log, time; empty if it did not."""
         try:
-            record = json.loads((self.run.path / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            record = read_json(self.run.path / RECORD)
+        except (CheckpointError, OSError):
             return {}
         return record if isinstance(record, dict) else {}
 

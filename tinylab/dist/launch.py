@@ -14,31 +14,35 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tinylab.config.io import run_to_toml
 from tinylab.config.schema import RunConfig
 from tinylab.data.order import check_ranks
 from tinylab.dist import slurm
-from tinylab.dist.handle import POLL_S, RECORD, Handle
-from tinylab.dist.supervisor import last_message
-from tinylab.errors import EXIT_NOTHING_FOUND, EXIT_USAGE, ConfigError, LaunchError, NothingFoundError
+from tinylab.dist.detached import meeting, start_supervisor
+from tinylab.dist.gpus import full_gpus, gpus_here
+from tinylab.dist.handle import POLL_S, RECORD, SLURM_POLL_S, Handle
+from tinylab.dist.rank_logs import last_message
+from tinylab.errors import EXIT_FAILED, EXIT_NOTHING_FOUND, EXIT_USAGE, ConfigError, LaunchError, NothingFoundError
 from tinylab.runs.durable import disk_error, write_atomic
-from tinylab.runs.folder import Run, home
+from tinylab.runs.folder import Run
+from tinylab.runs.regular import open_regular
 
 MODES = ("auto", "process", "torchrun", "slurm")
 START_S = 300.0
 """How long `launch` waits for the trainer, nodes wait for one another, and a launch for the end of an earlier one."""
-OF_A_RANK = re.compile("((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TINYLAB_EXECUTOR)")
-"""Variables of a job or notebook around the launch, which its ranks must not take for theirs."""
+QUEUE_S = 60.0
+"""How long `launch` waits for a job that Slurm keeps waiting; then it returns, and the job waits on."""
+SETTINGS = "launch.toml"
+STANDS = ("running", "done", "stopped")
+"""States of a trainer that has begun; one that failed has a message to wait for."""
 
 
 def launch(
@@ -63,90 +67,103 @@ def launch(
     config = config or run.config
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {', '.join(MODES)}; found {mode!r}")
-    if mode == "slurm":
-        return _submit(config, run, nodes, nproc, tied)
     mode = "torchrun" if mode == "auto" else mode
-    nproc = nproc if nproc is not None else 1 if mode == "process" else _devices(config)
+    if mode == "slurm" and tied:
+        raise ConfigError("a tied run must be on this machine; found mode slurm. Use mode torchrun, or leave tied out")
+    if nproc is None:
+        nproc = 1 if mode == "process" else max(1, _gpus(config, mode))
     if min(nproc, nodes) < 1 or (mode == "process" and nproc * nodes != 1):
         allowed = "1 in mode process" if mode == "process" else "at least 1"
         raise ConfigError(f"nproc and nodes must be {allowed}; found nproc = {nproc}, nodes = {nodes}")
-    if nodes > 1 and not rendezvous:
+    if mode == "torchrun" and nodes > 1 and not rendezvous:
         raise ConfigError(
             f"{nodes} nodes must meet somewhere; found no rendezvous. Give --rendezvous HOST:PORT, an address of one "
             "of them, and start the same command on each; or use --mode slurm"
         )
     check_ranks(config, nproc * nodes)
-    with _one_launch(run, nodes):
-        before = _content(run.status_path)
+    with _one_launch(run, shared=mode == "torchrun" and nodes > 1):
         (run.path / "stop").unlink(missing_ok=True)
-        settings = run.path / "launch.toml"
+        settings = run.path / SETTINGS
         write_atomic(settings, run_to_toml(config))
-        command = ["-m", "tinylab", "train", str(run.path), "--config", str(settings)]
-        if mode == "torchrun":
-            command = [*_meeting(run, nproc, nodes, rendezvous), *command]
-        tied = bool(os.environ.get("TINYLAB_EXECUTOR")) if tied is None else tied
-        log = run.logs_path / ("rank-0.log" if mode == "process" else f"supervisor-{socket.gethostname()}.log")
-        began = log.stat().st_size if log.exists() else 0
-        process = _start(command, log, in_process=mode == "process", tied=tied)
-        record = {"mode": mode, "host": socket.gethostname(), "pid": process.pid, "world": nproc * nodes}
-        record |= {"nodes": nodes, "nproc": nproc, "tied": tied, "log": str(run.logs_path / "rank-0.log")}
-        write_atomic(run.path / RECORD, json.dumps(record | {"time": time.time()}, indent=1))
-        try:
-            _until_it_stands(run, process, before, lambda: _content(log)[began:].decode(errors="replace"), timeout)
-        except BaseException:
-            process.terminate()
-            raise
+        record = {"mode": mode, "host": socket.gethostname(), "world": nproc * nodes, "nodes": nodes, "nproc": nproc}
+        record |= {"log": str(run.logs_path / "rank-0.log"), "time": time.time()}
+        if mode == "slurm":
+            record["tied"] = False
+            _launch_job(run, config, record, ["--config", str(settings)], timeout)
+        else:
+            command = ["-m", "tinylab", "train", str(run.path), "--config", str(settings)]
+            if mode == "torchrun":
+                command = [*meeting(run, nproc, nodes, rendezvous, timeout), *command]
+            record["tied"] = bool(os.environ.get("TINYLAB_EXECUTOR")) if tied is None else tied
+            _launch_here(run, config, record, command, timeout)
     return Handle(run)
 
 
-def _submit(config: RunConfig, run: Run, nodes: int, nproc: int | None, tied: bool | None) -> Handle:
-    """`launch` as a job of Slurm: returns when Slurm has accepted it."""
-    if tied:
-        raise ConfigError("a tied run must be on this machine; found mode slurm. Use mode torchrun, or leave tied out")
-    there = 0 if config.parallel.device == "cpu" else slurm.gpus_per_node()
-    gpus = there > 0 or config.parallel.device == "cuda"
-    nproc = nproc if nproc is not None else max(1, there)
-    if min(nproc, nodes) < 1:
-        raise ConfigError(f"nproc and nodes must be at least 1; found nproc = {nproc}, nodes = {nodes}")
-    check_ranks(config, nproc * nodes)
-    with _one_launch(run, 1):
-        settings = run.path / "launch.toml"
-        options = ["--config", str(settings)]
-        text = slurm.render(run, nodes=nodes, nproc=nproc, gpus=gpus, threads=config.parallel.threads, options=options)
-        script = slurm.place_script(run, text)
-        write_atomic(settings, run_to_toml(config))
-        (run.path / "stop").unlink(missing_ok=True)
-        record: dict[str, object] = {"mode": "slurm", "host": socket.gethostname(), "time": time.time()}
-        record |= {"job": slurm.submit(script), "world": nproc * nodes, "nodes": nodes, "nproc": nproc, "tied": False}
-        record["log"] = str(run.logs_path / "rank-0.log")
-        write_atomic(run.path / RECORD, json.dumps(record, indent=1))
-    return Handle(run)
-
-
-def _devices(config: RunConfig) -> int:
-    """The GPUs of this machine that the configuration may use, else 1."""
+def _gpus(config: RunConfig, mode: str) -> int:
+    """GPUs of a node that the run may use."""
     if config.parallel.device == "cpu":
-        return 1
-    import torch
+        return 0
+    return slurm.gpus_per_node() if mode == "slurm" else gpus_here()
 
-    return max(1, torch.cuda.device_count())
+
+def _launch_here(run: Run, config: RunConfig, record: dict[str, Any], command: list[str], timeout: float) -> None:
+    """Start a supervisor on this machine and wait until the trainer stands; asks it to end if it does not."""
+    if config.parallel.device != "cpu":
+        for sentence in full_gpus():
+            print(f"warning: {sentence}", file=sys.stderr)
+    in_process = record["mode"] == "process"
+    log = run.logs_path / ("rank-0.log" if in_process else f"supervisor-{socket.gethostname()}.log")
+    began, before = len(_content(log)), _content(run.status_path)
+    process = start_supervisor(command, log, in_process=in_process, tied=record["tied"])
+    _keep(run, record | {"pid": process.pid})
+    try:
+        _until_it_stands(run, before, process.poll, lambda: _content(log)[began:], timeout)
+    except BaseException:
+        process.terminate()
+        raise
+
+
+def _launch_job(run: Run, config: RunConfig, record: dict[str, Any], options: list[str], timeout: float) -> None:
+    """Submit the run's batch file and wait until the trainer stands, or leave the job in the queue."""
+    gpus = _gpus(config, "slurm") > 0 or config.parallel.device == "cuda"
+    layout = {key: record[key] for key in ("nodes", "nproc")}
+    text = slurm.render(run, **layout, gpus=gpus, threads=config.parallel.threads, options=options)
+    script, before = slurm.place_script(run, text), _content(run.status_path)
+    job = slurm.submit(script)
+    _keep(run, record | {"job": job})
+    queued_until = time.monotonic() + QUEUE_S
+
+    def ended() -> int | None:
+        time.sleep(SLURM_POLL_S)
+        state = slurm.job_state(job)
+        if state in slurm.WAITING:
+            return 0 if time.monotonic() > queued_until else None
+        return None if state in slurm.ACTIVE else 0 if state == "COMPLETED" else EXIT_FAILED
+
+    log = run.logs_path / f"slurm-{job}.log"
+    _until_it_stands(run, before, ended, lambda: _content(log), timeout)
+
+
+def _keep(run: Run, record: dict[str, Any]) -> None:
+    """Write down what was started, for whoever attaches."""
+    write_atomic(run.path / RECORD, json.dumps(record, indent=1))
 
 
 @contextmanager
-def _one_launch(run: Run, nodes: int) -> Iterator[None]:
-    """Make the run folder if it is missing and keep other launches away, but for those of the other nodes.
+def _one_launch(run: Run, *, shared: bool) -> Iterator[None]:
+    """Make the run folder if it is missing and keep other launches away; if `shared`, but for those of the other nodes.
 
     Raises LaunchError when the run is trained or being launched; waits for the last processes of an earlier start.
     """
     try:
         run.logs_path.mkdir(mode=0o700, parents=True, exist_ok=True)
         run.path.chmod(0o700)
-        descriptor = os.open(run.path / "launch.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = open_regular(run.path / "launch.lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise disk_error(run.path, error) from error
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if nodes == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LaunchError(f"{run.path} is being launched by another command; wait for that one") from None
         status, handle = run.status(), Handle(run)
@@ -161,7 +178,7 @@ def _one_launch(run: Run, nodes: int) -> Iterator[None]:
                 f"step {status['step']}). Follow it: tinylab attach {run.name}; or stop it: tinylab stop {run.name}"
             )
         deadline = time.monotonic() + START_S
-        while nodes == 1 and handle.is_alive():
+        while not shared and handle.is_alive():
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"the processes of an earlier start of {run.path} must end first; pid {handle.record.get('pid')} "
@@ -173,64 +190,26 @@ def _one_launch(run: Run, nodes: int) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _meeting(run: Run, nproc: int, nodes: int, rendezvous: str | None) -> list[str]:
-    """torchrun's options for this number of ranks and nodes."""
-    options = ["--nproc-per-node", str(nproc), "--log-dir", str(run.logs_path)]
-    if nodes == 1:
-        return [*options, "--standalone"]
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", str(rendezvous), "--rdzv-id", run.name]
-    return [*options, "--nnodes", str(nodes), *meet, "--rdzv-conf", f"join_timeout={START_S:.0f}"]
-
-
-def _start(command: Sequence[str], log: Path, *, in_process: bool, tied: bool) -> subprocess.Popen[bytes]:
-    """A supervisor in a session of its own, which writes to `log`. Nothing of it ends with this process unless tied."""
-    environment = {k: v for k, v in os.environ.items() if not OF_A_RANK.fullmatch(k)} | {"TINYLAB_HOME": str(home())}
-    options = ["--in-process"] if in_process else []
-    kept: tuple[int, ...] = ()
-    if tied:
-        # The write end is never closed: it ends with this process.
-        end, _ = os.pipe()
-        options, kept = [*options, "--tied", str(end)], (end,)
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise disk_error(log, error) from error
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "tinylab.dist.supervisor", *options, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
-            pass_fds=kept,
-            umask=0o077,
-        )
-    finally:
-        for descriptor in (output, *kept):
-            os.close(descriptor)
-    # As long as this process lives, somebody must take note of the end of that one.
-    threading.Thread(target=process.wait, name="supervisor", daemon=True).start()
-    return process
-
-
 def _until_it_stands(
-    run: Run, process: subprocess.Popen[bytes], before: bytes, said: Callable[[], str], timeout: float
+    run: Run, before: bytes, ended: Callable[[], int | None], said: Callable[[], bytes], timeout: float
 ) -> None:
-    """Return when rank 0 has written a status since `before`. Raises the trainer's own error when it ended first."""
+    """Return when rank 0 has written a status other than `before`, or `ended` gives 0.
+
+    Raises the trainer's own error, the last message of what was `said`, when it gives another exit code first.
+    """
     deadline = time.monotonic() + timeout
     while True:
-        code = process.poll()
-        if code == 0 or (code is None and _content(run.status_path) != before and run.status()["state"] != "none"):
+        code = ended()
+        if code == 0 or (code is None and _content(run.status_path) != before and run.status()["state"] in STANDS):
             return
+        message = last_message(said().decode(errors="replace"))
         if code is not None:
             kind = {EXIT_USAGE: ConfigError, EXIT_NOTHING_FOUND: NothingFoundError}.get(code, LaunchError)
-            message = last_message(said())
             raise kind(message or f"the trainer of {run.path} ended with exit code {code} and without a message")
         if time.monotonic() > deadline:
             raise LaunchError(
-                f"the trainer of {run.path} must stand within {timeout:g} s; it did not, and was asked to end. Its "
-                f"logs: {run.logs_path}. They end with: {last_message(said()) or 'nothing'}"
+                f"the trainer of {run.path} must stand within {timeout:g} s; it does not yet. "
+                f"Its logs: {run.logs_path}. They end with: {message or 'nothing'}"
             )
         time.sleep(POLL_S)
 

@@ -20,7 +20,7 @@ import argparse
 import os
 import runpy
 import signal
-import stat
+import socket
 import sys
 import threading
 from collections.abc import Iterable
@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from tinylab.dist.rank_logs import MESSAGE, RankLogs, last_message
 from tinylab.errors import EXIT_FAILED, LaunchError, TinylabError
 from tinylab.runs.folder import Run
 
@@ -40,8 +41,6 @@ SIGNALS = {
 """Signals that stop the ranks, and what the ranks are sent."""
 PATIENCE_S = 120
 """How long the ranks may take to end after a signal; then they are killed as torchrun does it, 30 s after a SIGTERM."""
-MESSAGE = "tinylab: "
-"""How a message of the command line begins."""
 TO_LOG = 'exec "$@" >>"$TINYLAB_LOG" 2>&1'
 """A shell starts each rank, because torchrun opens its logs anew for every stream and every start."""
 
@@ -156,6 +155,7 @@ def _torchrun(arguments: list[str], stops: Stops) -> int:
         # Nothing outside this machine can reach the rendezvous, and no name of it need resolve.
         given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = "c10d", "localhost:0", str(os.getpid())
         given.local_addr = given.local_addr or "127.0.0.1"
+    given.local_addr = given.local_addr or _address_towards(given.rdzv_endpoint)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would say so loudly; `parallel.threads` sets the number
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # all others are handled here
     logs = RankLogs(Path(given.log_dir) if given.log_dir else _logs_of(given.training_script_args))
@@ -190,7 +190,7 @@ def _torchrun(arguments: list[str], stops: Stops) -> int:
             return exit_code_of(codes[0])
         raise LaunchError(
             f"all {config.max_nodes} nodes must reach the rendezvous at {config.rdzv_endpoint}; found: "
-            f"{error.__cause__ or error}. Start the same command on every node, with an address and a port that all "
+            f"{str(error.__cause__ or error) or type(error).__name__}. Start the same command on every node, with an address and a port that all "
             "of them can reach"
         ) from error
     finally:
@@ -224,63 +224,20 @@ def _agent(spec: Any, specs: Any, stops: Stops) -> Any:
     return Agent(spec, logs_specs=specs, start_method="spawn")
 
 
+def _address_towards(endpoint: str) -> str | None:
+    """The address of this machine on the network of HOST:PORT, because its name need not resolve on the others."""
+    host, _, port = endpoint.rpartition(":")
+    with suppress(OSError, ValueError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # sends nothing
+        return probe.getsockname()[0]
+    return None
+
+
 def _logs_of(command: list[str]) -> Path:
     """RUN/logs of a command `train RUN …`."""
     if command[:1] != ["train"] or len(command) < 2:
         raise LaunchError(f"the ranks must run `tinylab train RUN`; found {' '.join(command) or 'nothing'}")
     return Run(command[1]).logs_path
-
-
-class RankLogs:
-    """Where each rank writes, and where in that file this start began."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._began: dict[int, int] = {}
-
-    def path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank}.log"
-
-    def open(self, rank: int) -> None:
-        """Make the file if it is missing. Raises LaunchError for a link, a pipe or what cannot be written."""
-        path = self.path(rank)
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-        except OSError as error:
-            raise LaunchError(f"{path} must be a file that rank {rank} can write; found: {error.strerror}") from error
-        with open(descriptor, "ab") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise LaunchError(f"{path} must be a plain file; found something else. Remove it")
-            self._began[rank] = file.tell()
-
-    def written(self, rank: int) -> str:
-        """What the rank has written since this start."""
-        with suppress(OSError), open(self.path(rank), "rb") as file:
-            file.seek(self._began.get(rank, 0))
-            return file.read().decode(errors="replace")
-        return ""
-
-    def specs(self) -> Any:
-        """torchrun's description of this."""
-        from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
-
-        logs = self
-
-        class Specs(LogsSpecs):
-            def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-                for env in envs.values():
-                    logs.open(int(env["RANK"]))
-                    env["TINYLAB_LOG"] = str(logs.path(int(env["RANK"])))
-                    env["TORCHELASTIC_ERROR_FILE"] = ""
-                same = dict.fromkeys(envs, "")
-                return LogsDest(same, dict(same), {}, {}, dict.fromkeys(envs, os.devnull))
-
-            @property
-            def root_log_dir(self) -> str:
-                return str(logs._folder)
-
-        return Specs()  # type: ignore[call-arg]
 
 
 def _by_time(failures: dict[int, Any]) -> list[tuple[int, Any]]:
@@ -303,12 +260,6 @@ def _told(rank: int, code: int, logs: RankLogs) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     message = last_message(logs.written(rank))
     return f"{MESSAGE}rank {rank} {how}{': ' + message if message else ''} (log: {logs.path(rank)})"
-
-
-def last_message(text: str) -> str:
-    """The last message of the command line in a log; where there is none, its last lines."""
-    _, found, message = f"\n{text}".rpartition(f"\n{MESSAGE}")
-    return (message if found else "\n".join(message.splitlines()[-8:])).strip()
 
 
 if __name__ == "__main__":

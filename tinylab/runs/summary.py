@@ -62,7 +62,7 @@ def summarize(runs: Sequence[Run], keys: Sequence[str] = ()) -> list[Row]:
         try:
             config = run.config
             rows.append({key: _value(config, key) for key in keys} | run_summary(run))
-        except (TinylabError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever is wrong with one run, the others are listed
             reason = str(error) if isinstance(error, TinylabError | OSError) else f"{type(error).__name__}: {error}"
             rows.append({"run": run.name, "path": str(run.path), "state": "unreadable", "error": reason})
     return rows
