@@ -128,6 +128,7 @@ def test_a_run_is_stopped_through_its_folder_and_resumed_on_another_number_of_ra
 
 def test_a_trainer_that_ends_before_it_stands_fails_the_launch_in_its_own_words(run: Run, prepared: RunConfig):
     run.create(prepared, {})
+    run.write_journal("started", step=0, tokens=0)
     with pytest.raises(ConfigError, match="1 keys differ: seed = 7 asked, 3407 in the run"):
         launch(replace(prepared, seed=7), run, mode="process")
     assert not Handle(run).is_alive()

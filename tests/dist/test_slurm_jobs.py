@@ -196,6 +196,7 @@ def test_an_edited_file_that_slurm_refuses_is_answered_in_slurm_s_words(
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     with monkeypatch.context() as patch:
         patch.setattr(slurm, "submit", lambda script: "1")
+        patch.setattr(slurm, "job_state", lambda job: "COMPLETED")
         script = launch(load_run("config.toml"), run, mode="slurm").run.path / "launch.sbatch"
     (run.path / "launch.json").unlink()
     script.write_text(script.read_text().replace("#SBATCH --nodes", "#SBATCH --partition=gold\n#SBATCH --nodes"))

@@ -38,7 +38,7 @@ from tinylab.runs.regular import open_regular
 MODES = ("auto", "process", "torchrun", "slurm")
 START_S = 300.0
 """How long `launch` waits for the trainer, nodes wait for one another, and a launch for the end of an earlier one."""
-QUEUE_S = 60.0
+QUEUE_S = 10.0
 """How long `launch` waits for a job that Slurm keeps waiting; then it returns, and the job waits on."""
 SETTINGS = "launch.toml"
 STANDS = ("running", "done", "stopped")
@@ -131,11 +131,13 @@ def _launch_job(run: Run, config: RunConfig, record: dict[str, Any], options: li
     script, before = slurm.place_script(run, text), _content(run.status_path)
     job = slurm.submit(script)
     _keep(run, record | {"job": job})
-    queued_until = time.monotonic() + QUEUE_S
+    queued_until, asked = time.monotonic() + QUEUE_S, 0.0
 
     def ended() -> int | None:
-        time.sleep(SLURM_POLL_S)
-        state = slurm.job_state(job)
+        nonlocal asked
+        if time.monotonic() - asked < SLURM_POLL_S:
+            return None
+        state, asked = slurm.job_state(job), time.monotonic()
         if state in slurm.WAITING:
             return 0 if time.monotonic() > queued_until else None
         return None if state in slurm.ACTIVE else 0 if state == "COMPLETED" else EXIT_FAILED
