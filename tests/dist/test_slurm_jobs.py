@@ -180,6 +180,7 @@ def test_a_job_that_waits_is_cancelled_by_a_stop(
     cluster: Any, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    monkeypatch.setattr("tinylab.dist.launch.QUEUE_S", 0.0, raising=False)
     cluster.ask("scontrol", "update", "PartitionName=all", "State=DOWN")
     try:
         handle = launch(load_run("config.toml"), run, mode="slurm")
@@ -194,11 +195,9 @@ def test_an_edited_file_that_slurm_refuses_is_answered_in_slurm_s_words(
     cluster: Any, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    with monkeypatch.context() as patch:
-        patch.setattr(slurm, "submit", lambda script: "1")
-        patch.setattr(slurm, "job_state", lambda job: "COMPLETED")
-        script = launch(load_run("config.toml"), run, mode="slurm").run.path / "launch.sbatch"
-    (run.path / "launch.json").unlink()
+    run.logs_path.mkdir(parents=True)
+    options = ["--config", str(run.path / "launch.toml")]
+    script = slurm.place_script(run, slurm.render(run, nproc=1, gpus=False, threads=1, options=options))
     script.write_text(script.read_text().replace("#SBATCH --nodes", "#SBATCH --partition=gold\n#SBATCH --nodes"))
     with pytest.raises(LaunchError, match="sbatch: error: invalid partition specified: gold"):
         launch(load_run("config.toml"), run, mode="slurm")
