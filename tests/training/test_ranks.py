@@ -187,6 +187,25 @@ def test_what_rank_0_refuses_is_no_defect_on_the_others(trainer: Any, reference:
     assert finished.code == 0 and finished.stderr.count("is finished") == 1
 
 
+def test_ranks_that_cannot_write_a_checkpoint_stop_together_and_lose_nothing(
+    trainer: Any, assert_nothing_lost: Any, tmp_path: Path
+):
+    config = override(trainer.config, ["parallel.strategy=fsdp"])
+    whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
+    assert trainer.go(whole.path, config, ranks=2).code == 0
+    assert trainer.go(cut.path, config, ranks=2, failpoint="step.logged:6").code != 0
+    kept = {p: p.read_bytes() for folder in cut.checkpoints() for p in folder.rglob("*") if p.is_file()}
+    full = trainer.go(cut.path, config, ranks=2, file_bytes=60_000)
+    assert full.code == 1 and "LaunchError" not in full.stderr, full
+    assert full.stderr.count("\nCheckpointError: rank 0: cannot write") == 2, "both ranks say why"
+    assert full.stderr.count("bytes needed") >= 4, "of both ranks' parts"
+    failed = [line for line in cut.journal() if line["event"] == "save_failed"]
+    assert [line["repeated"] for line in failed] == [True, True, False]
+    assert {p: p.read_bytes() for p in kept} == kept
+    assert trainer.go(cut.path, config, ranks=2).code == 0
+    assert_nothing_lost(whole, cut)
+
+
 def test_a_signal_to_every_rank_commits_once(trainer: Any, tmp_path: Path):
     run = Run(tmp_path / "run")
     ended = trainer.go(run.path, ranks=2, signal_at=(7, 15))
