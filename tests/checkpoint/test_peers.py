@@ -160,6 +160,10 @@ def test_each_rank_writes_about_half_and_the_checkpoint_resumes_in_one_process(
     assert [[p.name for p in committed] for committed in pair.close()] == [["step-00000001"], []]
     assert min(written.values()) > 0.4 * sum(written.values())
     assert names(run) == ["step-00000001"]
+    assert sorted(p.name for p in (run.checkpoints()[0]).iterdir() if p.suffix != ".json") == [
+        "model-00001-of-00001.safetensors",
+        "trainer",
+    ]
     with Checkpointer(run, CONFIG, Context(device=torch.device("cpu")), shards, latest_good(run)[0]) as alone:
         resumed = alone.resume()
     state = pair.states[0]
