@@ -15,7 +15,10 @@ from typing import IO
 
 import pytest
 
+from ..training.conftest import assert_nothing_lost, reference, tiny_config, trainer
 from . import slurm_cluster
+
+__all__ = ["assert_nothing_lost", "reference", "tiny_config", "trainer"]
 
 
 class Cluster:

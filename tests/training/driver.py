@@ -67,7 +67,10 @@ class StopFileAt(Hook):
 
 
 def spoil(steps: list[int], what: str, factor: float, rank: int) -> None:
-    """Multiply by `factor` what one rank computes in some steps: its `loss`, or the `gradient` alone."""
+    """Multiply by `factor` what one rank computes in some steps: its `loss`, or the `gradient` alone.
+
+    `what` "signal": send this rank the signal `factor` instead, in the middle of the step.
+    """
     resume = Checkpointer.resume
 
     def resume_spoiled(checkpointer: Checkpointer) -> TrainState:
@@ -78,6 +81,8 @@ def spoil(steps: list[int], what: str, factor: float, rank: int) -> None:
             value, step = honest(model, batch), state.step + 1
             if step not in steps or int(os.environ.get("RANK", 0)) != rank:
                 return value
+            if what == "signal":
+                os.kill(os.getpid(), int(factor))
             if what == "loss":
                 return value * factor
             if value.requires_grad:

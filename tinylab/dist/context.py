@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ from tinylab.errors import LaunchError, RunStopped
 
 START_S = 300.0
 """How long ranks wait for one another until the first step is done; after it, `parallel.timeout_s`."""
-AGENT_S = 20.0
-"""How long a rank waits for the store of torchrun, which is there before the ranks are."""
+AGENT_S = 2.0
+"""How long torchrun may refuse connections until it counts as gone."""
 POLL_S = 0.2
 """How often a waiting rank looks for rank 0's note."""
 T = TypeVar("T")
@@ -203,16 +204,38 @@ def _own_store(rank: int, world: int) -> Store:
     """
     start_s = timedelta(seconds=START_S)
     launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    met, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=AGENT_S) if launched else start_s))
+    if launched:
+        _require_listening(os.environ["MASTER_ADDR"], _integer("MASTER_PORT", 0))
+    met, _, _ = next(rendezvous("env://", rank, world, timeout=start_s))
     if not launched:
         return met
     host = os.environ["MASTER_ADDR"]
-    met.set_timeout(start_s)
     if rank == 0:
         own = distributed.TCPStore(host, 0, world, True, start_s, wait_for_workers=False)  # type: ignore
         met.set("tinylab port", str(own.port))
         return own
     return distributed.TCPStore(host, int(met.get("tinylab port")), world, False, start_s)  # type: ignore
+
+
+def _require_listening(host: str, port: int) -> None:
+    """Raise LaunchError when the store of torchrun, which listens before it starts a rank, refuses for AGENT_S.
+
+    torchrun is gone then, and was before this process could see who started it; torch itself would try for minutes.
+    """
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=START_S).close()
+            return
+        except ConnectionRefusedError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"torchrun must live as long as its ranks; {host}:{port}, where it listened, refuses. Start the "
+                    "job again"
+                ) from error
+            time.sleep(POLL_S)
+        except OSError as error:
+            raise LaunchError(f"{host}:{port}, where torchrun listens, must be reachable; found: {error}") from error
 
 
 @contextmanager

@@ -196,7 +196,7 @@ class Watch:
 
 
 def _name(beat: Mapping[str, Any], rank: int) -> str:
-    return f"rank {rank} (process {beat['pid']} on {beat['host']}, last {'at step ' + str(beat['step']) if beat['step'] >= 0 else 'before its first step'})"
+    return f"rank {rank} (process {beat['pid']} on {beat['host']}, last seen {'at step ' + str(beat['step']) if beat['step'] >= 0 else 'before its first step'})"
 
 
 def is_under_torchrun() -> bool:

@@ -130,6 +130,7 @@ class Heartbeat(Hook):
         self._run, self._config, self._world = run, config, world
         self._written = self._slowest = 0.0
         self._last: dict[str, Any] = {}
+        self._warned = False
         self._writing = threading.Lock()
         self.at = step
         self.begin("preparing data and model", PREPARING_S)
@@ -159,7 +160,16 @@ class Heartbeat(Hook):
         if now - self._written >= HEARTBEAT_S:
             self._written = now
             self._last = {k: record[k] for k in ("loss", "stage", "tokens_per_s")}
+            self.show_running()
+
+    def show_running(self) -> None:
+        """Replace the status, or warn once that it cannot be written: views lack it then, the run does not."""
+        try:
             self.write("running", **self._last)
+        except CheckpointError as error:
+            if not self._warned:
+                print(f"warning: {error}. Training continues", file=sys.stderr, flush=True)
+            self._warned = True
 
     def write(self, state: str, **more: Any) -> None:
         """Replace the status now. Raises CheckpointError when the run folder is gone."""

@@ -188,7 +188,7 @@ def _reported(run: Run, context: Context, heartbeat: Heartbeat) -> Iterator[None
                 run.write_journal(event, step=heartbeat.at, tokens=heartbeat.tokens, **more)
 
     context.watch.last_words = lambda error: write_end("failed", error)
-    heartbeat.write("running")
+    heartbeat.show_running()
     try:
         with heartbeat.beating():
             yield

@@ -50,12 +50,13 @@ class Monitor:
         rows["step"] = f"{last['step']:,} of {config.steps:,}"
         rows["tokens"] = f"{format_count(last['tokens'])} of {format_count(config.tokens)}"
         rows["stage"] = str(last["stage"])
-        rows["training loss"] = f"{last['loss']:.3f} nats per token"
+        lost = "n/a (the step was refused)"
+        rows["training loss"] = lost if last["loss"] is None else f"{last['loss']:.3f} nats per token"
         if measured := [r for r in records if r.get("validation_loss") is not None]:
             first, newest = measured[0]["validation_loss"], measured[-1]["validation_loss"]
             rows["validation loss"] = f"{first:.3f} → {newest:.3f} nats per token (step {measured[-1]['step']:,})"
         rows["learning rate"] = f"{last['lr']:.2e}"
-        rows["gradient norm"] = f"{last['grad_norm']:.2f} before clipping"
+        rows["gradient norm"] = lost if last["grad_norm"] is None else f"{last['grad_norm']:.2f} before clipping"
         recent = sorted(r["tokens_per_s"] for r in records[-50:])
         speed, left = recent[len(recent) // 2], config.tokens - last["tokens"]
         rows["speed"] = f"{speed:,.0f} tokens/s (median of the last {len(recent)} steps)"
