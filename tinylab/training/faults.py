@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from tinylab.checkpoint.state import TrainState
@@ -111,9 +110,13 @@ def is_spike(policy: Faults, window: Sequence[Sequence[float]], loss: float, gra
     """Whether one of the two lies above mean + `spike_sigmas` · standard deviation of the `window` (loss, norm)."""
     if len(window) < policy.spike_window:
         return False
-    before = np.array(window, dtype=np.float64)
-    limits = before.mean(axis=0) + policy.spike_sigmas * before.std(axis=0)
-    return bool(np.any(np.array([loss, grad_norm]) > limits))
+    pairs = zip((loss, grad_norm), zip(*window, strict=True), strict=True)
+    return any(value > _limit(before, policy.spike_sigmas) for value, before in pairs)
+
+
+def _limit(values: Sequence[float], sigmas: float) -> float:
+    mean = math.fsum(values) / len(values)
+    return mean + sigmas * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
 
 
 def remember(state: TrainState, policy: Faults, result: StepResult) -> None:
