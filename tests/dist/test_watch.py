@@ -111,9 +111,10 @@ def test_ranks_whose_torchrun_is_killed_while_they_start_end_at_once(
         job.torchrun.kill()
         wait_until(job.are_gone, 60.0)
     run = Run(tmp_path / "run")
-    assert not run.exists() or [x["event"] for x in run.journal() if x["event"] == "committed"] == []
+    assert not any(line["event"] == "committed" for line in run.journal())
+    run.path.mkdir(exist_ok=True)
     with run.lock():
-        pass
+        pass  # nobody holds it
 
 
 def silenced(rank: int, number: int, step: int, layout: str, trainer: Any, folder: Path) -> tuple[Run, Any]:

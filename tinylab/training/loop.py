@@ -184,6 +184,7 @@ def _reported(run: Run, context: Context, heartbeat: Heartbeat) -> Iterator[None
             heartbeat.write(event, **more)
             failpoint("end.status_written")
         with suppress(TinylabError) if error else nullcontext():
+            run.require_place()
             if error or not any(line["event"] == "done" for line in run.journal()[-1:]):
                 run.write_journal(event, step=heartbeat.at, tokens=heartbeat.tokens, **more)
 
