@@ -99,6 +99,72 @@ def test_a_kernel_started_in_the_notebooks_of_a_checkout_finds_its_runs(
     assert home() == tmp_path / "mine"
 
 
+def test_a_new_run_goes_among_no_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("new", "empty", "prepared", "taken", "home"):
+        if name != "new":
+            (tmp_path / name).mkdir()
+    for name in ("stop", "launch.json", "slurm-7.out", "logs", ".config.toml.1.tmp"):
+        (tmp_path / "prepared" / name).touch()
+    for name in ("new", "empty", "prepared"):
+        Run(tmp_path / name).require_place_of_its_own()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    with pytest.raises(
+        ConfigError, match=r"taken must be a run, or a new or empty folder; found 1 other files: thesis"
+    ):
+        Run(tmp_path / "taken").require_place_of_its_own()
+    Run(tmp_path / "taken").create(tiny(), {})
+    Run(tmp_path / "taken").require_place_of_its_own()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for place in ("~", "/"):
+        with pytest.raises(ConfigError, match="must be a run, or a new or empty folder; found "):
+            Run(place).require_place_of_its_own()
+
+
+@pytest.mark.parametrize("name", ["a@3", "a\nb", "a\u202eb", "a\x1b[31m"])
+def test_a_new_run_has_a_name_that_can_be_shown(private_home: Path, name: str):
+    with pytest.raises(ConfigError, match="the name of a run must not contain (@, which|control characters)"):
+        Run(name).require_place_of_its_own()
+
+
+FULL = """
+import sys
+from pathlib import Path
+from tinylab.config.presets import tiny
+from tinylab.errors import CheckpointError
+from tinylab.runs.folder import Run
+run = Run(Path(sys.argv[1]) / "run")
+run.create(tiny(), {})
+with run.lock():
+    run.write_status("running", 3)
+    run.write_journal("started")
+    with open(run.path / "ballast", "wb", buffering=0) as ballast:
+        try:
+            while ballast.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+    try:
+        run.metrics_log.append({"step": 4, "stage": "x" * 9000})
+    except CheckpointError as error:
+        print(error)
+    run.write_status("failed", 3, reason="full")
+    run.write_journal("failed", reason="x" * 5000)
+print(run.status()["state"], [line["event"] for line in run.journal()], run.metric_records())
+"""
+
+
+def test_how_a_run_ended_is_written_on_a_full_disk_too(tmp_path: Path):
+    """A file system of 256 KiB in a user namespace, filled to its last block."""
+    mount = f'mount -t tmpfs -o size=256k none {tmp_path} && exec "$0" -c "$1" {tmp_path}'
+    command = ["unshare", "-Urm", "sh", "-c", mount, sys.executable, FULL]
+    if subprocess.run([*command[:4], "mount -t tmpfs none /mnt"], capture_output=True).returncode:
+        pytest.skip("user namespaces with mounts are not allowed here")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    error, end = done.stdout.splitlines()
+    assert "metrics.jsonl: No space left on device (9" in error and "0 bytes free); make room and repeat" in error
+    assert end == "failed ['started', 'failed'] []", done.stderr
+
+
 def test_runs_are_listed_by_name(private_home: Path):
     assert list_runs() == []
     for name in ("b", "a"):

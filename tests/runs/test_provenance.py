@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tinylab.runs.provenance import git_state, provenance
+from tinylab.runs.provenance import git_state, processor_features, provenance
 from tinylab.runs.secrets import redact
 
 
@@ -48,6 +48,7 @@ def test_provenance_is_plain_and_names_versions_machine_and_command():
     found = json.loads(json.dumps(provenance()))
     assert found["packages"]["torch"] and found["python"].count(".") == 2
     assert found["machine"]["cores"] >= 1 and found["command"]
+    assert found["machine"]["features"] == sorted(processor_features())
 
 
 def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path):

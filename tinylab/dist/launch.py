@@ -157,6 +157,7 @@ def _one_launch(run: Run, *, shared: bool) -> Iterator[None]:
 
     Raises LaunchError when the run is trained or being launched; waits for the last processes of an earlier start.
     """
+    run.require_place_of_its_own()
     try:
         run.logs_path.mkdir(mode=0o700, parents=True, exist_ok=True)
         run.path.chmod(0o700)

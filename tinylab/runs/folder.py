@@ -29,6 +29,26 @@ MAX_CONFIG_BYTES = 1_000_000
 RESERVE_BYTES = 16_384
 """Of a run's disk, held by its lock file: room for its last words when the disk is full."""
 LAST_WORDS = ("stopped", "failed")
+_OWN = frozenset(
+    [
+        "config.toml",
+        "provenance.json",
+        "journal.jsonl",
+        "metrics.jsonl",
+        "status.json",
+        "attention.json",
+        "lock",
+        "stop",
+        "logs",
+        "evaluations",
+        "checkpoints",
+        "sealed",
+        "quarantine",
+        "notebooks",
+        "report.html",
+    ]
+)
+"""What may be in a run folder before its first start."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -107,6 +127,27 @@ class Run:
     def exists(self) -> bool:
         """Whether the folder holds a run (it has a configuration)."""
         return self.config_path.exists()
+
+    def require_place_of_its_own(self) -> None:
+        """Raise ConfigError where a new run would scatter its files among others, or have a name that cannot be shown.
+
+        A run that exists, a missing folder and one that holds nothing but a run's files are all right.
+        """
+        if self.exists():
+            return
+        if "@" in self.path.name or not self.path.name.isprintable():
+            what = "@, which stands before a step in RUN@STEP" if "@" in self.path.name else "control characters"
+            raise ConfigError(
+                f"the name of a run must not contain {what}; found {self.path.name!r}. Choose another name"
+            )
+        names = os.listdir(self.path) if self.path.is_dir() else []
+        others = sorted(n for n in names if n not in _OWN and not n.startswith((".", "launch.", "slurm")))
+        if others or os.path.realpath(self.path) in ("/", os.path.realpath(os.path.expanduser("~"))):
+            found = f"{len(others)} other files: {', '.join(others[:3])}" if others else "a home folder"
+            raise ConfigError(
+                f"{self.path} must be a run, or a new or empty folder; found {found}. Choose another folder, or give a "
+                "name such as mine"
+            )
 
     def require(self) -> Run:
         """This run, or NothingFoundError when the folder holds none."""

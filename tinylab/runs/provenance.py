@@ -14,6 +14,8 @@ from typing import Any
 
 from tinylab.runs.secrets import redact
 
+_VECTOR = re.compile(r"sse|avx|fma|f16c|amx|asimd|sve|sme|bf16|i8mm|vnni")
+"""Features that decide how a sum is split and rounded."""
 PACKAGES = ("tinylab", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "gigatoken", "datasets")
 
 
@@ -30,6 +32,7 @@ def provenance() -> dict[str, Any]:
             "host": platform.node(),
             "system": platform.platform(),
             "processor": processor(),
+            "features": processor_features(),
             "cores": len(os.sched_getaffinity(0)),
         },
         "command": redact(sys.argv),
@@ -59,6 +62,15 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def processor_features() -> list[str]:
+    """The vector instructions of the processor as the kernel names them, sorted; empty where it does not say."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return sorted(name for name in (found[1].split() if found else []) if _VECTOR.search(name))
 
 
 def processor() -> str:

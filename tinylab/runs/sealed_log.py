@@ -18,6 +18,7 @@ from typing import Any
 
 from tinylab.errors import CheckpointError
 from tinylab.runs.durable import (
+    MAX_LINE_BYTES,
     append_line,
     complete_lines,
     disk_error,
@@ -203,16 +204,42 @@ class SealedLog:
     def _follow(self, seals: Sequence[Seal]) -> Seal | None:
         """Read the log from its beginning as far as the seals hold; the first that does not."""
         self._forget()
-        lines = self._readable_lines()
         for seal in seals:
-            before = self._lines, self._sha256.copy(), self._last, self._bytes
-            for line, end in islice(lines, seal.lines - self._lines):
-                self._add(line, end)
-            if (self._lines, self._sha256.hexdigest()) != (seal.lines, seal.sha256):
-                self._lines, self._sha256, self._last, self._bytes = before
+            sha256, end = self._sha256.copy(), self._end_of_lines(seal.lines - self._lines)
+            if end is not None:
+                with open(open_regular(self.path), "rb") as file:
+                    file.seek(self._bytes)
+                    left = end - self._bytes
+                    while block := file.read(min(left, 2**20)):
+                        sha256.update(block)
+                        left -= len(block)
+                    file.seek(max(0, end - MAX_LINE_BYTES))
+                    *_, last = [b"", *file.read(end - file.tell()).splitlines(keepends=True)]
+            if end is None or sha256.hexdigest() != seal.sha256:
                 return seal
+            self._lines, self._sha256, self._last, self._bytes = seal.lines, sha256, last, end
         self._copied = self._bytes
         return None
+
+    def _end_of_lines(self, count: int) -> int | None:
+        """Where the `count` lines behind the sealed ones end; None if there are fewer. Faster than line by line."""
+        end, silent = self._bytes, 0
+        try:
+            descriptor = open_regular(self.path)
+        except FileNotFoundError:
+            return None if count else end
+        with open(descriptor, "rb") as file:
+            file.seek(end)
+            while count and silent < MAX_LINE_BYTES and (block := file.read(2**20)):
+                found = block.count(b"\n")
+                silent = 0 if found else silent + len(block)
+                if found >= count:
+                    position = -1
+                    for _ in range(count):
+                        position = block.index(b"\n", position + 1)
+                    return end + position + 1
+                count, end = count - found, end + len(block)
+        return None if count else end
 
     def _readable_lines(self) -> Iterator[tuple[bytes, int]]:
         """The complete lines and the offset behind each, up to one that is too long to be read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tinylab.dist.parallel import layout_of
 from tinylab.errors import CheckpointError, ConfigError, DataError
 from tinylab.runs.durable import disk_error, failpoint, write_atomic
 from tinylab.runs.folder import Run, step_name, step_of
-from tinylab.runs.provenance import provenance
+from tinylab.runs.provenance import processor, processor_features, provenance
 from tinylab.runs.sealed_log import stored_seals
 from tinylab.training.job import Job
 
@@ -42,16 +42,13 @@ failed save."""
 def one_trainer(run: Run, context: Context) -> Iterator[None]:
     """Hold the run folder on rank 0, made if missing.
 
-    Raises CheckpointError when another process trains in it, ConfigError for a new run whose name would be another REF.
+    Raises CheckpointError when another process trains in it, ConfigError for a new run among other files or with a name
+    that is no name.
     """
     if not context.is_main:
         yield
         return
-    if "@" in run.name and not run.exists():
-        raise ConfigError(
-            f"the name of a run must not contain @, which stands before a step in RUN@STEP; found {run.name!r}. "
-            "Choose another name"
-        )
+    run.require_place_of_its_own()
     try:
         run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -75,7 +72,7 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
         notes = run.journal_log.repair(stored_seals(run.checkpoints(), "journal"))
         repaired = bool(notes)
         run.clock.open(run.last_seen())
-        if run.exists() and _has_begun(run):
+        if run.exists() and not _failed_before_it_began(run):
             _require_same(config, run)
         else:
             failpoint("open.locked")
@@ -101,9 +98,11 @@ def open_run(config: RunConfig, run: Run, context: Context) -> Path | None:
     return run.checkpoints_path / step_name(step) if step else None
 
 
-def _has_begun(run: Run) -> bool:
-    """Whether anything was trained: until then, the folder belongs to no configuration."""
-    return bool(run.checkpoints()) or any(line["event"] == "started" for line in run.journal())
+def _failed_before_it_began(run: Run) -> bool:
+    """Whether a trainer was here and trained nothing: its configuration may be a mistake and may be replaced."""
+    journal = run.journal()
+    begun = bool(run.checkpoints()) or any(line["event"] == "started" for line in journal)
+    return not begun and (bool(journal) or run.status()["state"] != "none")
 
 
 def _missing_checkpoints(config: RunConfig, run: Run, step: int) -> list[str]:
@@ -210,7 +209,8 @@ def begin_lineage(job: Job, checkpoint: Path | None) -> None:
     record = read_record(checkpoint) if checkpoint else {}
     step = record.get("step", 0)
     layout = layout_of(job.config.parallel, job.context)
-    begun = checkpoint is not None or any(line["event"] == "started" for line in job.run.journal())
+    journal, machine = job.run.journal(), {"processor": processor(), "features": " ".join(processor_features())}
+    begun = checkpoint is not None or any(line["event"] == "started" for line in journal)
     repeated = job.log.cut_after(step)
     failpoint("begin.metrics_cut")
     fingerprint = job.shards.fingerprint
@@ -219,5 +219,26 @@ def begin_lineage(job: Job, checkpoint: Path | None) -> None:
         more["repeated_steps"] = len(repeated)
         more["repeated_s"] = round(sum(line.get("step_time_s") or 0.0 for line in repeated), 3)
         more["changed"] = {k: [record[k], v] for k, v in layout.items() if record.get(k, v) != v}
-    job.run.write_journal("resumed" if begun else "started", **more, **layout, **job.run.clock.started())
+        more["changed"] |= _other_processor(journal, machine)
+    job.run.write_journal("resumed" if begun else "started", **more, **layout, **machine, **job.run.clock.started())
     failpoint("begin.journaled")
+
+
+def _other_processor(journal: Sequence[Mapping[str, Any]], machine: Mapping[str, str]) -> dict[str, list[str]]:
+    """What of the processor differs from the one of the run's last start, said on standard error.
+
+    Sums are made in an order that depends on its vector instructions: the samples of a step stay the same, the last
+    bits of losses and weights may not.
+    """
+    before = next((line for line in reversed(journal) if "features" in line), {})
+    changed = {k: [str(before[k]), v] for k, v in machine.items() if k in before and before[k] != v}
+    if changed:
+        old, new = set(str(before["features"]).split()), set(machine["features"].split())
+        lost, gained = " ".join(sorted(old - new)) or "nothing", " ".join(sorted(new - old)) or "nothing"
+        print(
+            f"warning: the run was trained on {before.get('processor')} and continues on {machine['processor']}, which "
+            f"lacks {lost} and adds {gained} of its features: the samples stay the same, the last bits of losses and "
+            "weights may differ",
+            file=sys.stderr,
+        )
+    return changed
