@@ -301,3 +301,27 @@ def test_metrics_are_a_table_with_one_row_per_step(run: Run):
     table = run.metrics()
     assert table["step"].tolist() == [1, 2] and table["loss"].tolist() == [2.0, 1.5]
     assert table["validation_loss"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("doing", [{}, {"heartbeat": time.time() - 3600}], ids=["trains", "is stuck"])
+def test_a_trainer_on_another_host_holds_the_folder_though_no_lock_reaches_it(run: Run, doing: dict):
+    run.write_status("running", 7, host="node9", pid=4321, **doing)
+    before = run.status_path.read_bytes()
+    with (
+        pytest.raises(
+            CheckpointError, match=r"found another \(pid 4321 on node9, alive \d+ s ago\).*if that host is down"
+        ),
+        run.lock(),
+    ):
+        pass
+    assert run.status_path.read_bytes() == before
+
+
+def test_a_trainer_on_another_host_that_has_gone_silent_or_ended_holds_nothing(run: Run):
+    long_ago = time.time() - 3600
+    run.write_status("running", 7, host="node9", pid=4321, heartbeat=long_ago, alive=long_ago)
+    with run.lock():
+        pass
+    run.write_status("stopped", 7, host="node9", pid=4321)
+    with run.lock():
+        pass

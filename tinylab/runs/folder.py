@@ -20,7 +20,7 @@ from tinylab.runs.effective_time import TrainerClock
 from tinylab.runs.journal import JournalLog
 from tinylab.runs.metrics import MetricsLog
 from tinylab.runs.regular import open_regular, read_regular
-from tinylab.runs.status import new_status, read_status
+from tinylab.runs.status import STALE_HEARTBEAT_S, new_status, other_host, read_status
 
 if TYPE_CHECKING:
     import pandas
@@ -178,7 +178,8 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold the folder for one trainer; the kernel frees it however the process ends.
 
-        Raises CheckpointError naming the holder when another process trains here.
+        Raises CheckpointError naming the holder when another process trains here, also one on another host, which a
+        lock may not reach: its status then shows a sign of life.
         """
         try:
             descriptor = open_regular(self._lock_path, os.O_RDWR | os.O_CREAT)
@@ -195,6 +196,11 @@ class Run:
                 ) from None
             except OSError as error:
                 raise disk_error(self._lock_path, error) from error
+            if holder := other_host(self.status()):
+                raise CheckpointError(
+                    f"{self.path} must have one trainer at a time; found another ({holder}). Stop it: tinylab stop "
+                    f"{self.name}; if that host is down, wait {STALE_HEARTBEAT_S:g} s and repeat the same command"
+                )
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
             with suppress(OSError):

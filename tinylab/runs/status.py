@@ -66,6 +66,14 @@ def why_lost(status: dict[str, Any]) -> str | None:
     return None
 
 
+def other_host(status: dict[str, Any]) -> str | None:
+    """The process on another host that trains by this status, stuck or not; None where none has shown life lately."""
+    if status["state"] not in ("running", "lost") or status["host"] == socket.gethostname():
+        return None
+    silent = time.time() - (_seconds(status.get("alive")) or _seconds(status.get("heartbeat")) or 0.0)
+    return f"pid {status['pid']} on {status['host']}, alive {silent:.0f} s ago" if silent < STALE_HEARTBEAT_S else None
+
+
 def _is_valid(status: Any) -> bool:
     if not isinstance(status, dict) or status.get("state") not in STATES or type(status.get("step")) is not int:
         return False
