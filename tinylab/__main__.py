@@ -1,7 +1,5 @@
 """`python -m tinylab …` is `tinylab …`."""
 
-from __future__ import annotations
-
 import sys
 
 from tinylab.cli.command import main

@@ -3,8 +3,6 @@
 text of this Python environment → tokenizer, shards → two-stage run → scores → executed notebooks → report.html
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -94,7 +92,6 @@ def _evaluate(run: Run) -> str:
 
 
 def _execute(run: Run, again: bool) -> str:
-    """Execute the notebooks that are new, or that changed, or whose run or scores changed."""
     from tinylab.notebook.run import find_notebook, notebook_parameters, run_notebook
 
     target, state = run.path / "notebooks", run.path / "notebooks" / "executed.json"
@@ -116,7 +113,6 @@ def _execute(run: Run, again: bool) -> str:
 
 
 def _parameters(run: Run) -> dict[str, Any]:
-    """Values of all parameters that the notebooks of the demo may have."""
     checkpoints = run.checkpoints()
     return {
         "run": str(run.path),

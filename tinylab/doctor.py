@@ -4,8 +4,6 @@ Every check gives findings. A `problem` stops something that tinylab needs; a `n
 fallback, an optional program that is not there).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -52,7 +50,7 @@ def doctor(device: str = "auto") -> dict[str, Any]:
 
     `device` is auto, cpu or cuda: where attention backends and the forward/backward are tried. Takes seconds.
     """
-    findings: list[Finding] = [_python(), *_versions(), _unpickling(), _memory(), _disk(), _kernel(), _browser()]
+    findings: list[Finding] = [*_versions(), *_machine()]
     chosen, found = _devices(device)
     findings += found
     if chosen:
@@ -72,29 +70,24 @@ def _guarded(check: Callable[[str], Iterator[Finding]], argument: str) -> list[F
         return [Finding(name, "problem", f"{type(error).__name__}: {error}", "install again: make clean setup")]
 
 
-def _python() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("python", "ok", f"{sys.version.split()[0]} on {sys.platform}, {cores} CPU cores, {sys.prefix}")
+def _judged(
+    check: str, holds: bool, good: str, bad: str, remedy: str, state: Literal["note", "problem"] = "problem"
+) -> Finding:
+    return Finding(check, "ok", good) if holds else Finding(check, state, bad, remedy)
 
 
 def _versions() -> Iterator[Finding]:
     for name, (floor, why) in FLOORS.items():
         version = installed_version(name)
+        found = f"{version or 'not installed'}; must be at least {floor} ({why})"
+        good = version is not None and _release(version) >= _release(floor)
         remedy = f"pip install '{name}>={floor}' (make setup does)"
-        if version is None:
-            yield Finding(name, "problem", f"not installed; at least {floor} is needed", remedy)
-        elif _release(version) < _release(floor):
-            yield Finding(name, "problem", f"{version}; must be at least {floor} ({why})", remedy)
-        else:
-            yield Finding(name, "ok", f"{version} (at least {floor})")
+        yield _judged(name, good, f"{version} (at least {floor})", found, remedy)
     known = {name: installed_version(name) for name in SHOWN}
     missing = [name for name, version in known.items() if version is None]
     text = ", ".join(f"{name} {version}" for name, version in known.items() if version)
-    if missing:
-        remedy = "pip install -e '.[notebook,evaluate]' (make setup does)"
-        yield Finding("packages", "problem", f"missing: {', '.join(missing)}; found {text or 'none'}", remedy)
-    else:
-        yield Finding("packages", "ok", text)
+    bad, remedy = f"missing: {', '.join(missing)}; found {text or 'none'}", "pip install -e '.[notebook,evaluate]'"
+    yield _judged("packages", not missing, text, bad, f"{remedy} (make setup does)")
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -103,22 +96,27 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-def _unpickling() -> Finding:
-    if os.environ.get(UNSAFE_LOAD, "0") not in ("", "0"):
-        found = f"{UNSAFE_LOAD} is set: torch.load would run code from files"
-        return Finding("unpickling", "problem", found, f"unset {UNSAFE_LOAD}")
-    return Finding("unpickling", "ok", f"{UNSAFE_LOAD} is not set; tinylab itself never unpickles")
-
-
-def _memory() -> Finding:
+def _machine() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("python", "ok", f"{sys.version.split()[0]} on {sys.platform}, {cores} CPU cores, {sys.prefix}")
+    safe = os.environ.get(UNSAFE_LOAD, "0") in ("", "0")
+    good, bad = f"{UNSAFE_LOAD} is not set; tinylab itself never unpickles", f"{UNSAFE_LOAD} is set: torch.load would "
+    yield _judged("unpickling", safe, good, bad + "run code from files", f"unset {UNSAFE_LOAD}")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text) / 1e9)
-    if total < MEMORY_GB:
-        found = f"{total:.1f} GB of memory; the demo needs up to {MEMORY_GB:.0f} GB"
-        return Finding("memory", "problem", found, "a smaller batch: --set parallel.micro_batch=4")
-    return Finding("memory", "ok", f"{total:.1f} GB")
+    good, bad = f"{total:.1f} GB", f"{total:.1f} GB of memory; the demo needs up to {MEMORY_GB:.0f} GB"
+    yield _judged("memory", total >= MEMORY_GB, good, bad, "a smaller batch: --set parallel.micro_batch=4")
+    yield _disk()
+    remedy = f"{sys.executable} -m ipykernel install --sys-prefix --name tinylab (make setup does)"
+    bad, kernel = "no Jupyter kernel named tinylab; python3 serves as well", "share/jupyter/kernels/tinylab/kernel.json"
+    found = (Path(sys.prefix) / kernel).is_file()
+    yield _judged("kernel", found, "Jupyter kernel tinylab", bad, remedy, "note")
+    browsers = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next((p for p in map(shutil.which, browsers) if p), None)
+    good, bad = f"{path} (browser tests can run)", "not found; only the browser tests need it, and skip"
+    yield _judged("chromium", path is not None, good, bad, "install Chromium", "note")
 
 
 def _disk() -> Finding:
@@ -129,29 +127,12 @@ def _disk() -> Finding:
         return Finding("disk", "problem", f"{place} is a file", "set TINYLAB_HOME to a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         return Finding("disk", "problem", f"{place} cannot be written", "set TINYLAB_HOME to a folder of yours")
-    if free < DISK_GB:
-        found = f"{free:.1f} GB free in {place}; the demo needs up to {DISK_GB:.0f} GB"
-        return Finding("disk", "problem", found, "make room, or set TINYLAB_HOME to another disk")
-    return Finding("disk", "ok", f"{free:.1f} GB free in {place} (data/ and runs/ go there)")
-
-
-def _kernel() -> Finding:
-    if (Path(sys.prefix) / "share/jupyter/kernels/tinylab/kernel.json").is_file():
-        return Finding("kernel", "ok", "Jupyter kernel tinylab")
-    remedy = f"{sys.executable} -m ipykernel install --sys-prefix --name tinylab (make setup does)"
-    return Finding("kernel", "note", "no Jupyter kernel named tinylab; python3 serves as well", remedy)
-
-
-def _browser() -> Finding:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next((p for p in map(shutil.which, names) if p), None)
-    if path:
-        return Finding("chromium", "ok", f"{path} (browser tests can run)")
-    return Finding("chromium", "note", "not found; only the browser tests need it, and skip", "install Chromium")
+    good = f"{free:.1f} GB free in {place} (data/ and runs/ go there)"
+    bad = f"{free:.1f} GB free in {place}; the demo needs up to {DISK_GB:.0f} GB"
+    return _judged("disk", free >= DISK_GB, good, bad, "make room, or set TINYLAB_HOME to another disk")
 
 
 def _devices(wanted: str) -> tuple[str | None, list[Finding]]:
-    """The device to try things on, and what torch sees."""
     try:
         import torch
     except Exception as error:
@@ -178,7 +159,6 @@ def _precision(device: str) -> Iterator[Finding]:
 
 
 def _attention(device: str) -> Iterator[Finding]:
-    """Which attention backends give the right result here, and why the others do not."""
     import torch
 
     from tinylab.model.attention import BACKENDS
@@ -221,8 +201,8 @@ def _forward_backward(device: str) -> Iterator[Finding]:
     wanted = math.log(config.vocab_size)
     good = finite and abs(value - wanted) < 1
     text = f"loss {value:.2f} nats (a fresh model: near {wanted:.2f}), gradients {'finite' if finite else 'not finite'}"
-    remedy = "" if good else "report it with the output of tinylab doctor --json"
-    yield Finding("forward/backward", "ok" if good else "problem", f"{device}: {text}, {seconds:.2f} s", remedy)
+    text = f"{device}: {text}, {seconds:.2f} s"
+    yield _judged("forward/backward", good, text, text, "report it with the output of tinylab doctor --json")
 
 
 def _corpus(_: str) -> Iterator[Finding]:

@@ -1,7 +1,5 @@
 """What a run will need, before it starts: memory, steps, days, cost (no torch)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -157,34 +155,28 @@ def plan(
 
 
 def _check(gpus: int, tokens_per_s: float | None, mfu: float | None, price: float | None) -> None:
-    problems = []
-    if gpus < 1:
-        problems.append(f"gpus must be at least 1; found {gpus}")
-    if tokens_per_s is not None and mfu is not None:
-        problems.append("give tokens_per_s or mfu, not both; each follows from the other")
-    if tokens_per_s is not None and not (math.isfinite(tokens_per_s) and tokens_per_s > 0):
-        problems.append(f"tokens_per_s must be finite and greater than 0; found {tokens_per_s}")
-    if mfu is not None and not 0 < mfu <= 1:
-        problems.append(f"mfu must be greater than 0 and at most 1; found {mfu}")
-    if price is not None and not (math.isfinite(price) and price >= 0):
-        problems.append(f"price_per_gpu_hour must be finite and at least 0; found {price}")
+    both = tokens_per_s is not None and mfu is not None
+    rules = {
+        f"gpus must be at least 1; found {gpus}": gpus >= 1,
+        "give tokens_per_s or mfu, not both; each follows from the other": not both,
+        f"tokens_per_s must be finite and greater than 0; found {tokens_per_s}": tokens_per_s is None
+        or 0 < tokens_per_s < math.inf,
+        f"mfu must be greater than 0 and at most 1; found {mfu}": mfu is None or 0 < mfu <= 1,
+        f"price_per_gpu_hour must be finite and at least 0; found {price}": price is None or 0 <= price < math.inf,
+    }
+    problems = [rule for rule, holds in rules.items() if not holds]
     if problems:
         raise ConfigError("; ".join(problems))
 
 
 def _speed(device: Gpu, flops: int, tokens_per_s: float | None, mfu: float | None) -> tuple[float | None, str]:
-    """Tokens/s of one GPU and where the figure comes from."""
     if tokens_per_s is not None:
         return float(tokens_per_s), "as given"
     if device.bf16_tflops is None:
         return None, f"unknown, because {device.name} has no bf16, hence no bf16 peak; give tokens_per_s"
-    share = ASSUMED_MFU if mfu is None else mfu
-    source = (
-        f"assumed MFU of {share:.1%} by formula F, TinyLlama's own 24,000 tokens/s on an A100; a measurement is better"
-        if mfu is None
-        else f"MFU of {share:.1%} by formula F as given"
-    )
-    return share * device.bf16_tflops * 1e12 / flops, source
+    basis = f"MFU of {mfu or ASSUMED_MFU:.1%} by formula F"
+    tinyllamas = f"assumed {basis}, TinyLlama's own 24,000 tokens/s on an A100; a measurement is better"
+    return (mfu or ASSUMED_MFU) * device.bf16_tflops * 1e12 / flops, f"{basis} as given" if mfu else tinyllamas
 
 
 def _stage(config: RunConfig, index: int, gpus: int) -> StagePlan:

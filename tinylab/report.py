@@ -24,7 +24,7 @@ from tinylab.runs.regular import read_json
 
 
 def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: str = "") -> Path:
-    """Write one HTML file about `runs` to `out`, whole or not at all; its absolute path.
+    """Write one HTML file about `runs` to `out`, complete or not at all; its absolute path.
 
     Sections: summary, loss, schedule and speed, scores, comparison of checkpoints, data, configuration, journal.
     Raises NothingFoundError for a run that is not there, ConfigError for no runs or an `out` that is a folder.
@@ -33,10 +33,15 @@ def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: st
     out = Path(out).expanduser().absolute()
     if not found or out.is_dir():
         raise ConfigError(f"a report needs at least one run and a file to write; found {len(found)} runs and {out}")
+    names = ", ".join(run.name for run in found)
+    rates = ((learning_rate(r.config), f"Learning rate over tokens, as {r.name} is configured.") for r in found)
     sections = {
         "Summary": _summary(found),
-        "Loss": _loss(found),
-        "Learning rate, gradients, speed": _training(found),
+        "Loss": captioned(loss_curves(found), f"Training and validation loss over tokens: {names}.")
+        + captioned(validation_bits(found), f"Bits per byte of held-out text over tokens: {names}."),
+        "Learning rate, gradients, speed": "".join(captioned(figure, caption) for figure, caption in rates)
+        + captioned(gradient_norm(found), "Gradient norm before clipping over tokens.")
+        + captioned(throughput(found), "Tokens per second and peak memory over tokens."),
         "Scores": "".join(heading(run.name) + _scores(run) for run in found),
         "Comparison of checkpoints": "".join(heading(run.name) + _comparison(run) for run in found),
         "Data": "".join(heading(run.name) + _data(run) for run in found),
@@ -44,7 +49,7 @@ def write_report(runs: Sequence[Run | str | Path], out: str | Path, *, title: st
         "Provenance and journal": "".join(heading(run.name) + _provenance(run) for run in found),
     }
     note = f"Written by tinylab on {_utc(time.time())} UTC. Everything is in this file."
-    html = page_html(title or f"Report on {', '.join(run.name for run in found)}", note, sections)
+    html = page_html(title or f"Report on {names}", note, sections)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -89,24 +94,6 @@ def _summary(runs: list[Run]) -> str:
     return paragraph(" ".join(sentences)) + table_html(rows, "Runs") + table_html(times, title)
 
 
-def _loss(runs: list[Run]) -> str:
-    names = ", ".join(run.name for run in runs)
-    return captioned(loss_curves(runs), f"Training and validation loss over tokens: {names}.") + captioned(
-        validation_bits(runs), f"Bits per byte of held-out text over tokens: {names}."
-    )
-
-
-def _training(runs: list[Run]) -> str:
-    schedules = (
-        captioned(learning_rate(run.config), f"Learning rate over tokens, as {run.name} is configured.") for run in runs
-    )
-    return (
-        "".join(schedules)
-        + captioned(gradient_norm(runs), "Gradient norm before clipping over tokens.")
-        + captioned(throughput(runs), "Tokens per second and peak memory over tokens.")
-    )
-
-
 def _scores(run: Run) -> str:
     """Trajectories of every task in the run's store above the published ones, and a table of all measurements."""
     from tinylab.evaluation.published import published
@@ -123,7 +110,6 @@ def _scores(run: Run) -> str:
 
 
 def _comparison(run: Run) -> str:
-    """The middle and the last scored checkpoint of the run, item by item."""
     from tinylab.analysis.pair import compare_scores, scored_pair
 
     pair = scored_pair(run)
@@ -142,7 +128,6 @@ def _comparison(run: Run) -> str:
 
 
 def _data(run: Run) -> str:
-    """Mixture over the run, and what the prepared data hold according to their manifest."""
     from tinylab.data.trace import stored_shards
 
     sources = [{"source": s.name, "corpus": s.corpus, "limit (MB)": s.limit_mb} for s in run.config.data.sources]

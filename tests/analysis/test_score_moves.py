@@ -53,7 +53,7 @@ def test_a_checkpoint_scored_on_something_else_leaves_its_neighbours_to_compare(
     pandas.testing.assert_frame_equal(own_moves("tiny").drop(columns="p_holm"), before)
 
 
-def test_the_step_that_stands_out_is_found_and_the_fast_fall_is_not(tmp_path: Path):
+def test_an_unusual_step_is_found_and_the_fast_fall_at_the_start_is_not(tmp_path: Path):
     run = Run(tmp_path / "r")
     run.path.mkdir()
     losses = [9 - 0.1 * i for i in range(30)] + [6.0] * 40

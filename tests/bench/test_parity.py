@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tinylab.bench import parity
+from tinylab.bench import parity, sides
 from tinylab.model import rope, transformer
 
 
@@ -44,18 +44,18 @@ def frequencies_one_pair_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def another_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """1e-6 instead of 1e-5 in the first norm alone. Later ones see a residual stream too large to care."""
-    load = parity.load_folder
+    load = sides.load_folder
 
     def with_another(folder, **options):
         model = load(folder, **options)
         setattr(model.get_submodule("blocks.0.attn_norm"), "eps", 1e-6)  # noqa: B010
         return model
 
-    monkeypatch.setattr(parity, "load_folder", with_another)
+    monkeypatch.setattr(sides, "load_folder", with_another)
 
 
 def heads_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = parity.load_folder
+    load = sides.load_folder
 
     def with_swapped(folder, **options):
         model = load(folder, **options)
@@ -63,7 +63,7 @@ def heads_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
         rows[[0, 1]] = rows[[1, 0]]
         return model
 
-    monkeypatch.setattr(parity, "load_folder", with_swapped)
+    monkeypatch.setattr(sides, "load_folder", with_swapped)
 
 
 @pytest.mark.parametrize("plant", [frequencies_one_pair_off, another_epsilon, heads_in_another_order])

@@ -125,7 +125,7 @@ def test_pickled_weights_are_fetched_only_where_there_are_no_others(fake: FakeHu
     assert (folder / "pytorch_model.bin").is_file() and not (folder / "modeling_evil.py").exists()
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(
+def test_an_interrupted_download_resumes_where_it_stopped(
     fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1024)

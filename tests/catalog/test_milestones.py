@@ -84,7 +84,7 @@ def test_a_step_that_does_not_exist_names_those_that_do():
         registry.find("tinyllama-1.1b@cooldown")
 
 
-def test_names_of_others_are_left_to_others():
+def test_names_that_are_no_published_milestone_are_not_found():
     assert registry.find("demo@500") is None
     assert registry.find("someone/else") is None
 

@@ -78,7 +78,7 @@ def test_a_plain_integer_is_a_step_and_a_suffix_means_tokens(run):
         resolve_reference("small@lots")
 
 
-def test_tokens_beyond_a_run_are_refused_as_a_step_that_it_lacks_is(run):
+def test_tokens_beyond_the_end_of_a_run_are_refused_like_a_missing_step(run):
     with pytest.raises(NothingFoundError, match="no checkpoint near 99M tokens; the nearest is small@12, after 2,720"):
         resolve_reference("small@99M")
     with pytest.raises(NothingFoundError, match="no checkpoint near 0.1K tokens; the nearest is small@2, after 320"):

@@ -115,7 +115,7 @@ def test_checkpoints_lists_every_committed_folder_with_its_size(folder: Path, ca
 @pytest.mark.parametrize(
     ("name", "kind"), [("mine", "run"), ("prepared", "data"), ("mine/checkpoints/step-00000016", "checkpoint")]
 )
-def test_verify_finds_nothing_wrong_with_what_is_whole(
+def test_verify_finds_no_problem_in_undamaged_folders(
     folder: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
 ):
     found = answer(capsys, "verify", str(folder / name))

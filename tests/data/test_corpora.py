@@ -108,7 +108,7 @@ def test_a_name_with_characters_of_patterns_is_the_file_of_that_name(tmp_path):
         assert [d.text for d in open_corpus(f"files:{tmp_path}/{name}")] == [name]
 
 
-def test_a_cut_last_frame_is_an_error_even_when_the_lines_before_it_are_whole(tmp_path):
+def test_a_cut_last_frame_is_an_error_even_when_all_lines_before_it_are_complete(tmp_path):
     import zstandard
 
     frames = [zstandard.ZstdCompressor().compress(json.dumps({"text": t}).encode() + b"\n") for t in TEXTS]

@@ -95,7 +95,7 @@ def test_vocabularies_above_65536_are_stored_in_32_bits(make_data):
 def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_written(tmp_path: Path, ids):
     writer = ShardWriter(tmp_path / "train" / "a", 100)
     writer.add(np.array([1, 99]), "good.txt", 3, "")
-    with pytest.raises(DataError, match=r"document bad\.txt: token ids must lie between 0 and 99; found"):
+    with pytest.raises(DataError, match=r"document bad\.txt: token ids must be between 0 and 99; found"):
         writer.add(np.array(ids), "bad.txt", 3, "")
     assert [r["tokens"] for r in writer.close()] == [2]
 

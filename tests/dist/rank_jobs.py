@@ -25,11 +25,10 @@ from tinylab.checkpoint.state import build_state
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, Optimizer, Parallel, RunConfig
 from tinylab.config.stages import Schedule, Stage
-from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context, open_context
 from tinylab.dist.parallel import whole_tensor
 from tinylab.errors import TinylabError
-from tinylab.model.loss import loss_sum
+from tinylab.model.loss import MicroBatch, loss_sum
 from tinylab.model.precision import resolve_precision
 from tinylab.training.step import train_step
 

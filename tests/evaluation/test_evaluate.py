@@ -18,9 +18,10 @@ from tinylab.evaluation.compare import compare
 from tinylab.evaluation.evaluate import evaluate
 from tinylab.evaluation.lm_eval_model import TinylabLM
 from tinylab.evaluation.probes import build_probe
+from tinylab.evaluation.published import BENCHMARKS
 from tinylab.evaluation.score_model import run_task
 from tinylab.evaluation.scores import Scores, score_item
-from tinylab.evaluation.tasks import BENCHMARK_FILES, benchmark, probe
+from tinylab.evaluation.tasks import benchmark, probe
 from tinylab.runs.folder import Run
 
 
@@ -65,7 +66,7 @@ def test_likelihoods_and_choices_equal_lm_evals_own_backend_on_probes(lab, name)
     _assert_same_answers(ours, theirs)
 
 
-@pytest.mark.parametrize("name", BENCHMARK_FILES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_likelihoods_and_choices_equal_lm_evals_own_backend_on_benchmarks(lab, shared, name):
     """BoolQ's passages exceed 256 tokens: both cut them on the left, and ours counts it."""
     folder = lab.checkpoints[0]

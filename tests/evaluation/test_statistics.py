@@ -47,7 +47,7 @@ def test_wilson_interval_covers_as_stated():
 
 
 def test_wilson_interval_refuses_more_successes_than_items():
-    with pytest.raises(ValueError, match="k must lie between 0 and n"):
+    with pytest.raises(ValueError, match="k must be between 0 and n"):
         wilson_interval(3, 2)
 
 

@@ -186,7 +186,7 @@ def test_an_existing_target_and_a_wrong_format_are_refused(source: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["m.pth", "copy"])
-def test_two_conversions_to_one_target_leave_one_whole(source: Path, tmp_path: Path, name: str, monkeypatch):
+def test_of_two_conversions_to_one_target_one_wins_complete(source: Path, tmp_path: Path, name: str, monkeypatch):
     """Another process begins and ends the same conversion when this one has written and not yet compared."""
     write = convert_module._write
 
@@ -205,7 +205,7 @@ def test_two_conversions_to_one_target_leave_one_whole(source: Path, tmp_path: P
     assert leftovers(tmp_path) == []
 
 
-def test_what_a_killed_conversion_left_is_removed(source: Path, tmp_path: Path):
+def test_leftovers_of_a_killed_conversion_are_removed(source: Path, tmp_path: Path):
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
     left, running = (f".tmp-copy.{socket.gethostname()}.{pid}.0123abcd" for pid in (killed.pid, os.getppid()))

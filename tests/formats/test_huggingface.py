@@ -187,7 +187,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path):
             "rope_scaling.full_attention = .*yarn.* is unknown and may change the model",
         ),
         ({"hidden_size": None}, "hidden_size must be given"),
-        ({"hidden_size": "32"}, "hidden_size must be of type int; found '32'"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number; found '32'"),
         ({"num_key_value_heads": 3}, r"n_kv_head \(3\) must divide"),
         ({"vocab_size": -1}, "must be finite and greater than 0"),
     ],

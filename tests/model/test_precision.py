@@ -10,10 +10,10 @@ import torch
 
 from tinylab.checkpoint.state import build_state
 from tinylab.config.presets import tiny
-from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import layout_of
 from tinylab.errors import ConfigError
+from tinylab.model.loss import MicroBatch
 from tinylab.model.precision import PRECISIONS, Precision, native_bf16, resolve_precision
 from tinylab.training.step import train_step
 

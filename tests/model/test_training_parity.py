@@ -13,9 +13,9 @@ from tinylab.checkpoint.state import build_state
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Data, Optimizer, RunConfig, Source
 from tinylab.config.stages import Schedule, Stage
-from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
 from tinylab.formats.huggingface_config import config_values
+from tinylab.model.loss import MicroBatch
 from tinylab.model.names import to_huggingface
 from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tinylab.checkpoint.state import TrainState
 from tinylab.config.architecture import Model
 from tinylab.config.schema import Optimizer, Parallel
-from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context
+from tinylab.model.loss import MicroBatch
 from tinylab.model.precision import resolve_precision
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import KINDS, build_optimizer, logical_matrices, parameter_groups

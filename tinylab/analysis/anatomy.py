@@ -1,15 +1,12 @@
 """Tables of a model's parts and costs, computed from its configuration and counted on the model itself."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
 
 from tinylab.config.architecture import Model
 from tinylab.model.accounting import FORMULAS, flops_per_token, parameter_counts
-
-if TYPE_CHECKING:
-    import pandas
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
@@ -22,8 +19,6 @@ def parameter_parts(model: Model) -> dict[str, int]:
 
 def tensor_table(model: Model) -> pandas.DataFrame:
     """Tensors of the embedding, one layer, final norm and head: our name, the checkpoint's name, shape and share."""
-    import pandas
-
     from tinylab.model.names import name_map
 
     total = parameter_counts(model)["total"]
@@ -41,8 +36,6 @@ def tensor_table(model: Model) -> pandas.DataFrame:
 
 def flops_table(models: Mapping[str, Model]) -> pandas.DataFrame:
     """Training GFLOP per token of each model by every named formula."""
-    import pandas
-
     rows = []
     for name, meaning in FORMULAS.items():
         costs = {f"{label} (GFLOP)": flops_per_token(m, formula=name) / 1e9 for label, m in models.items()}
@@ -56,7 +49,6 @@ def measured_counts(model: Model) -> pandas.DataFrame:
     Counted on torch's meta device: the parameters, and the FLOPs of a forward and backward pass of one sequence by
     torch.utils.flop_counter, which like formula F does not halve attention for the causal mask.
     """
-    import pandas
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,15 +1,11 @@
 """Counts of prepared data for figures: documents, their lengths, and the frequency of each token id."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas
 
 from tinylab.data.shards.reader import ShardSet
-
-if TYPE_CHECKING:
-    import pandas
 
 MOST_TOKENS = 4_000_000
 """Tokens counted per source, from the beginning of the stream, where documents are in shuffled order."""
@@ -17,8 +13,6 @@ MOST_TOKENS = 4_000_000
 
 def shard_table(shards: ShardSet, seq_len: int) -> pandas.DataFrame:
     """One row per split and source: documents, tokens, bytes, bytes per token, windows of `seq_len` tokens."""
-    import pandas
-
     rows = []
     for split, entries in shards.manifest["splits"].items():
         for name in entries:
@@ -44,8 +38,6 @@ def document_lengths(shards: ShardSet, split: str = "train") -> dict[str, np.nda
 
 def sample_table(samples: list[dict[str, Any]]) -> pandas.DataFrame:
     """One row per sample of a step (data/trace.py); its documents are one text, with the origin and tokens of each."""
-    import pandas
-
     rows = []
     for sample in samples:
         documents = "; ".join(f"{d['origin']} ({d['tokens']} tokens)" for d in sample["documents"])

@@ -1,7 +1,5 @@
 """What identifies one checkpoint: a SHA-256 per tensor, norms, non-finite values, a small sample of every matrix."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ class Fingerprint:
     model: Model
     dtype: str
     tokenizer: str | None
-    """SHA-256 of tokenizer.json, or of tokenizer.model; None where neither lies beside the weights."""
+    """SHA-256 of tokenizer.json, or of tokenizer.model; None where neither is beside the weights."""
     hashes: dict[str, str]
     """Hash of each tensor by itself (formats/identity.py)."""
     hash: str
@@ -56,7 +54,7 @@ def fingerprint(path: Path) -> Fingerprint:
     square, nan, infinite = 0.0, 0, 0
 
     def measured() -> Iterator[tuple[str, Tensor]]:
-        """Each tensor in name order, measured before it goes on to be hashed: so each is read once."""
+        """Each tensor in name order, measured on its way to the hash, so that each is read once."""
         nonlocal square, nan, infinite
         for name in sorted(weights.tensors):
             tensor = weights.tensors[name].load()
@@ -76,10 +74,12 @@ def fingerprint(path: Path) -> Fingerprint:
             yield name, tensor
 
     whole = hash_tensors(measured())
+    folder = path if path.is_dir() else path.parent
+    tokenizer = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
     return Fingerprint(
         model=weights.model,
         dtype=str(weights.dtype).removeprefix("torch."),
-        tokenizer=_tokenizer(path),
+        tokenizer=sha256_file(tokenizer) if tokenizer else None,
         hashes=hashes,
         hash=whole,
         norm=square**0.5,
@@ -99,12 +99,6 @@ def _sample(wide: Tensor, count: int, name: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     places = np.random.default_rng(seed).integers(0, flat.numel(), count)
     return flat.numpy()[places]
-
-
-def _tokenizer(path: Path) -> str | None:
-    folder = path if path.is_dir() else path.parent
-    found = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
-    return sha256_file(found) if found else None
 
 
 def distance_matrix(prints: list[Fingerprint]) -> tuple[np.ndarray, np.ndarray]:

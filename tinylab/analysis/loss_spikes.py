@@ -1,15 +1,9 @@
 """Steps whose loss is unusually high, with the hash of their batch."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas
 
 from tinylab.runs.folder import Run
-
-if TYPE_CHECKING:
-    import pandas
 
 
 def loss_spikes(run: Run, count: int = 5, window: int = 25) -> pandas.DataFrame:
@@ -19,8 +13,6 @@ def loss_spikes(run: Run, count: int = 5, window: int = 25) -> pandas.DataFrame:
     typical deviation, 1.4826 median absolute deviations of the window), `grad_norm, data_hash`. The first `window`
     steps are left out, because the loss falls faster there than it scatters.
     """
-    import pandas
-
     records = run.metric_records()
     losses = np.array([r["loss"] for r in records], dtype=float)
     rows = []
@@ -31,11 +23,8 @@ def loss_spikes(run: Run, count: int = 5, window: int = 25) -> pandas.DataFrame:
         record = records[i]
         rows.append(
             {name: record.get(name) for name in ("step", "tokens", "stage", "loss")}
-            | {
-                "expected": expected,
-                "excess": losses[i] - expected,
-                "deviations": (losses[i] - expected) / max(spread, 1e-9),
-            }
+            | {"expected": expected, "excess": losses[i] - expected}
+            | {"deviations": (losses[i] - expected) / max(spread, 1e-9)}
             | {name: record.get(name) for name in ("grad_norm", "data_hash")}
         )
     return pandas.DataFrame(sorted(rows, key=lambda row: -row["excess"])[:count])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pandas
+
 from tinylab.catalog.reference import Reference, load_model, load_tokenizer, resolve_reference
 from tinylab.config.counts import format_count
 from tinylab.errors import TinylabError
@@ -16,8 +18,6 @@ from tinylab.runs.folder import Run, step_of
 from tinylab.runs.plain import to_plain
 
 if TYPE_CHECKING:
-    import pandas
-
     from tinylab.data.tokenizer.encode import Tokenizer
     from tinylab.model.transformer import Llama
 
@@ -94,15 +94,12 @@ def analyze_pair(
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     generations = _generations(first, second, prompts, settings)
     comparison = _scores(first.reference, second.reference, store, notes)
-    return PairAnalysis(
-        first.reference.label,
-        second.reference.label,
-        _identity(first, second, comparison),
-        tokens,
-        generations,
-        *_score_tables(comparison),
-        tuple(notes),
-    )
+    identity = _identity(first, second, comparison)
+    columns: Any = list(FLIP_COLUMNS)
+    scores = comparison.table() if comparison else pandas.DataFrame()
+    flips = pandas.DataFrame([_flip_row(f) for f in comparison.flips()] if comparison else [], columns=columns)
+    labels = first.reference.label, second.reference.label
+    return PairAnalysis(*labels, identity, tokens, generations, scores, flips, tuple(notes))
 
 
 def scored_pair(run: Run) -> tuple[str, str] | None:
@@ -118,8 +115,6 @@ def compare_scores(a: str | Reference, b: str | Reference, store: str | None = N
 
 
 def _tokens(first: LoadedModel, second: LoadedModel, text: str, notes: list[str]) -> pandas.DataFrame:
-    import pandas
-
     from tinylab.analysis.token_losses import compare_tokens
 
     try:
@@ -136,8 +131,6 @@ def _generations(
     first: LoadedModel, second: LoadedModel, prompts: Sequence[str], settings: dict[str, Any]
 ) -> pandas.DataFrame:
     """`prompt`, then one column per model, marked A and B so that equal labels stay apart."""
-    import pandas
-
     from tinylab.model.generate import generate
 
     sides = {f"A: {first.reference.label}": first, f"B: {second.reference.label}": second}
@@ -162,14 +155,6 @@ def _scores(a: Reference, b: Reference, store: str | None, notes: list[str]) -> 
     return comparison
 
 
-def _score_tables(comparison: Comparison | None) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    import pandas
-
-    columns: Any = list(FLIP_COLUMNS)
-    flips = [_flip_row(flip) for flip in comparison.flips()] if comparison else []
-    return comparison.table() if comparison else pandas.DataFrame(), pandas.DataFrame(flips, columns=columns)
-
-
 def _flip_row(flip: dict[str, Any]) -> dict[str, Any]:
     """A flip with its texts; an answer whose text is no longer in the store is its number."""
     gold, wrong = flip["gold"], next(c for c in (flip["chosen_a"], flip["chosen_b"]) if c != flip["gold"])
@@ -180,8 +165,6 @@ def _flip_row(flip: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(first: LoadedModel, second: LoadedModel, comparison: Comparison | None) -> pandas.DataFrame:
-    import pandas
-
     def column(side: LoadedModel, scored: dict[str, Any] | None) -> dict[str, Any]:
         reference = side.reference
         return {

@@ -1,19 +1,16 @@
 """Which scores moved between neighbouring milestones, and what moved their mean."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
 
 from tinylab.evaluation.paired import compare_records
 from tinylab.evaluation.records import Record
 from tinylab.evaluation.scores import Scores
 from tinylab.evaluation.statistics import Z95, holm, unpaired_z
-
-if TYPE_CHECKING:
-    import pandas
 
 
 def own_moves(store: str | Path, alpha: float = 0.05) -> pandas.DataFrame:
@@ -63,8 +60,6 @@ def mean_contributions(table: pandas.DataFrame, before: str, after: str) -> pand
     Columns: `task, before, after` (percent), `change` and `of the mean` (points); the last row is the mean itself.
     Uses the rows with a count (`k` of `n`), so the mean is that of the rebuilt scores.
     """
-    import pandas
-
     known: Any = table[table["n"].notna()]
     percent = (100 * known["k"] / known["n"]).groupby([known["task"], known["label"]], sort=False).first().unstack()
     rows = percent[[before, after]].dropna().set_axis(["before", "after"], axis=1)
@@ -77,7 +72,5 @@ def mean_contributions(table: pandas.DataFrame, before: str, after: str) -> pand
 
 
 def _with_holm(rows: list[dict[str, Any]], alpha: float) -> pandas.DataFrame:
-    import pandas
-
     adjusted = holm([row["p"] for row in rows])
     return pandas.DataFrame([r | {"p_holm": p, "significant": p < alpha} for r, p in zip(rows, adjusted, strict=True)])

@@ -3,8 +3,6 @@
 A broken series can go unnoticed: in EleutherAI/pythia#205, 86 of 154 branches held the weights of another step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -61,12 +59,18 @@ def audit_series(refs: Sequence[str | Path | Reference], progress: Callable[[str
     refs: REFs, or a single run, which means all its checkpoints. Reads every weight once; memory: one tensor and 4 MB
     per checkpoint. progress: called with each label. Raises NothingFoundError when there is no checkpoint.
     """
-    references = _expand(refs)
+    if len(refs) == 1 and not isinstance(refs[0], Reference) and Run(refs[0]).exists():
+        references = run_references(Run(refs[0]))
+    else:
+        references = [resolve_reference(ref) for ref in refs]
+    if not references:
+        raise NothingFoundError("a series to audit must have checkpoints; found none. Name them, or a run")
     if all(r.step is not None for r in references):
         references.sort(key=lambda r: r.step or 0)
     prints: dict[int, Fingerprint] = {}
     problems: list[Problem] = []
-    labels = _labels(references)
+    names = [r.label for r in references]
+    labels = [n if names.count(n) == 1 else f"{n} ({names[: i + 1].count(n)})" for i, n in enumerate(names)]
     for i, reference in enumerate(references):
         if progress:
             progress(labels[i])
@@ -77,7 +81,7 @@ def audit_series(refs: Sequence[str | Path | Reference], progress: Callable[[str
             prints[i] = fingerprint(reference.path)
         except CheckpointError as error:
             problems.append(Problem("damaged", (labels[i],), f"{labels[i]} cannot be read: {error}"))
-    problems += _drift(prints, labels) + _values(prints, labels)
+    problems += _each(prints, labels)
     twins, copies = _duplicates(prints, labels)
     shape = _majority([_shape(p.model) for p in prints.values()])
     usable = [i for i, p in prints.items() if _shape(p.model) == shape and not p.nan and not p.infinite]
@@ -93,20 +97,6 @@ def audit_series(refs: Sequence[str | Path | Reference], progress: Callable[[str
     return SeriesAudit(tuple(labels), table, problems, tuple(labels[i] for i in usable), distance)
 
 
-def _expand(refs: Sequence[str | Path | Reference]) -> list[Reference]:
-    if len(refs) == 1 and not isinstance(refs[0], Reference) and Run(refs[0]).exists():
-        return run_references(Run(refs[0]))
-    if not refs:
-        raise NothingFoundError("a series to audit must have checkpoints; found none. Name them, or a run")
-    return [resolve_reference(ref) for ref in refs]
-
-
-def _labels(references: list[Reference]) -> list[str]:
-    """The references' labels, numbered where two are the same."""
-    names = [r.label for r in references]
-    return [n if names.count(n) == 1 else f"{n} ({names[: i + 1].count(n)})" for i, n in enumerate(names)]
-
-
 def _shape(model: Model) -> Model:
     """The configuration without the settings of initialization, which no longer matter after training."""
     return replace(model, init="normal", init_std=0.02)
@@ -116,34 +106,26 @@ def _majority(values: list[Any]) -> Any:
     return max(values, key=values.count) if values else None
 
 
-def _drift(prints: dict[int, Fingerprint], labels: list[str]) -> list[Problem]:
-    """Configurations, dtypes and tokenizers that differ from most of the series."""
-    problems = []
+def _each(prints: dict[int, Fingerprint], labels: list[str]) -> list[Problem]:
+    """What is wrong with one checkpoint alone: unlike most of the series in its settings, NaN, all zero."""
+    problems: list[Problem] = []
     shape = _majority([_shape(p.model) for p in prints.values()])
     dtype = _majority([p.dtype for p in prints.values()])
     tokenizer = _majority([p.tokenizer for p in prints.values()])
     for i, p in prints.items():
         mine, label = _shape(p.model), labels[i]
-        if mine != shape:
-            keys = [f.name for f in fields(Model) if getattr(mine, f.name) != getattr(shape, f.name)]
-            what = ", ".join(f"{k} {getattr(mine, k)} (the series: {getattr(shape, k)})" for k in keys)
-            problems.append(Problem("config", (label,), f"{label} has another configuration: {what}"))
-        if p.dtype != dtype:
-            problems.append(Problem("dtype", (label,), f"{label} is stored in {p.dtype} (the series: {dtype})"))
-        if p.tokenizer != tokenizer:
-            what = "no tokenizer, unlike" if p.tokenizer is None else "another tokenizer than"
-            problems.append(Problem("tokenizer", (label,), f"{label} has {what} the rest of the series"))
-    return problems
-
-
-def _values(prints: dict[int, Fingerprint], labels: list[str]) -> list[Problem]:
-    problems = []
-    for i, p in prints.items():
-        if p.nan or p.infinite:
-            what = f"{labels[i]} holds {p.nan} NaN and {p.infinite} infinite values"
-            problems.append(Problem("nan", (labels[i],), what))
-        if p.zero:
-            problems.append(Problem("zero", (labels[i],), f"{labels[i]}: all zero: {', '.join(p.zero[:10])}"))
+        keys = [f.name for f in fields(Model) if getattr(mine, f.name) != getattr(shape, f.name)]
+        other = ", ".join(f"{k} {getattr(mine, k)} (the series: {getattr(shape, k)})" for k in keys)
+        found: dict[Kind, str | None] = {
+            "config": f"has another configuration: {other}" if keys else None,
+            "dtype": f"is stored in {p.dtype} (the series: {dtype})" if p.dtype != dtype else None,
+            "tokenizer": f"has {'another' if p.tokenizer else 'no'} tokenizer, unlike the rest of the series"
+            if p.tokenizer != tokenizer
+            else None,
+            "nan": f"holds {p.nan} NaN and {p.infinite} infinite values" if p.nan or p.infinite else None,
+            "zero": f"has tensors that are all zero: {', '.join(p.zero[:10])}" if p.zero else None,
+        }
+        problems += [Problem(kind, (label,), f"{label} {what}") for kind, what in found.items() if what]
     return problems
 
 

@@ -18,8 +18,6 @@ foreign first or last checkpoint from a run with the same initial weights, and a
 and return in training (a spike, a cyclic learning rate) is reported like a foreign checkpoint, for a person to judge.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +48,8 @@ def find_strays(distance: np.ndarray, cosine: np.ndarray) -> tuple[list[Finding]
     kept = list(range(len(distance)))
     strays: list[int] = []
     while len(kept) > 2:
-        share = _shares(distance, kept)
+        excess = _excess(distance, kept)
+        share = excess.sum((1, 2)) + excess.sum((0, 2)) + excess.sum((0, 1))  # what involves each point
         for end in (0, -1):
             if _is_unrelated_end(distance, cosine, kept, end):
                 share[end] = np.inf
@@ -97,12 +96,6 @@ def _bend_cube(distance: np.ndarray, path: list[int]) -> np.ndarray:
 
 def _excess(distance: np.ndarray, path: list[int]) -> np.ndarray:
     return np.maximum(_bend_cube(distance, path) - LIMIT, 0.0)
-
-
-def _shares(distance: np.ndarray, path: list[int]) -> np.ndarray:
-    """How much of the violation involves each point of `path`."""
-    excess = _excess(distance, path)
-    return excess.sum((1, 2)) + excess.sum((0, 2)) + excess.sum((0, 1))
 
 
 def _best_place(distance: np.ndarray, path: list[int], point: int) -> int | None:

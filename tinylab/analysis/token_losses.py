@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pandas
 import torch
 
 from tinylab.errors import EvaluationError
 from tinylab.model.loss import token_losses
 
 if TYPE_CHECKING:
-    import pandas
-
     from tinylab.data.tokenizer.encode import Tokenizer
     from tinylab.model.transformer import Llama
 
@@ -53,8 +52,6 @@ def compare_tokens(model_a: Llama, model_b: Llama, tokenizer: Tokenizer, text: s
 
     start and stop count characters of `text`; losses are in nats; delta is B − A, negative where B predicts better.
     """
-    import pandas
-
     ids, a = text_losses(model_a, tokenizer, text)
     _, b = text_losses(model_b, tokenizer, text)
     rows = [

@@ -1,22 +1,20 @@
 """Opening a checkpoint beside transformers' `from_pretrained`: time and peak memory, each in a process of its own."""
 
-from __future__ import annotations
-
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tinylab.bench.sides import conditions, in_turn, shape_of
 from tinylab.config.architecture import Model
-from tinylab.config.presets import preset as find_preset
-from tinylab.errors import ConfigError, TinylabError
+from tinylab.errors import TinylabError
 from tinylab.formats.huggingface import save_weights
 from tinylab.formats.huggingface_config import write_config
 from tinylab.model.accounting import parameter_counts
@@ -75,9 +73,7 @@ def bench_opening(preset: str | Model = "tinyllama_1b", windows: int = 5) -> dic
     warm-up of the page cache. Raises TinylabError if the logits differ by more than rounding, ConfigError for no
     windows.
     """
-    if windows < 1:
-        raise ConfigError(f"windows must be at least 1; found {windows}")
-    config = find_preset(preset).model if isinstance(preset, str) else preset
+    config = shape_of(preset, windows)
     with tempfile.TemporaryDirectory(prefix="tinylab-bench-") as folder:
         model = Llama.empty(config, "cpu", torch.bfloat16)
         model.init_weights(0)
@@ -85,10 +81,8 @@ def bench_opening(preset: str | Model = "tinyllama_1b", windows: int = 5) -> dic
         write_config(config, folder, bos_id=1, eos_id=2, dtype="bfloat16")
         size = sum(p.stat().st_size for p in Path(folder).iterdir())
         del model
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in _CONTENDERS}
-        for _ in range(windows + 1):
-            for name, code in _CONTENDERS.items():
-                rounds[name].append(_measure(code, folder))
+        contenders = {name: partial(_measure, code, folder) for name, code in _CONTENDERS.items()}
+        rounds = in_turn(contenders, windows + 1)
     logits = {name: torch.tensor([r.pop("logits") for r in measured]) for name, measured in rounds.items()}
     difference = (logits["tinylab"] - logits["transformers"]).abs().max().item()
     largest = logits["transformers"].abs().max().item()
@@ -102,10 +96,8 @@ def bench_opening(preset: str | Model = "tinyllama_1b", windows: int = 5) -> dic
         for name, measured in rounds.items()
     }
     ours, theirs = medians["tinylab"], medians["transformers"]
-    ratios = {
-        f"ratio_{key}": round(ours[key] / theirs[key], 3)
-        for key in ("open_s", "first_logits_s", "open_kib", "peak_kib")
-    }
+    keys = ("open_s", "first_logits_s", "open_kib", "peak_kib")
+    ratios = {f"ratio_{key}": round(ours[key] / theirs[key], 3) for key in keys}
     return {
         "bench": "opening",
         "against": f"transformers {metadata.version('transformers')} LlamaForCausalLM.from_pretrained",
@@ -117,8 +109,7 @@ def bench_opening(preset: str | Model = "tinyllama_1b", windows: int = 5) -> dic
         "rounds": rounds,
         "max_logit_difference": difference,
         "largest_logit": largest,
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        **conditions(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
     }
 

@@ -1,10 +1,8 @@
 """How far our logits are from those of transformers' LlamaForCausalLM, by architecture and number format."""
 
-from __future__ import annotations
-
 import math
 import platform
-import tempfile
+from copy import deepcopy
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -12,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinylab.bench.sides import open_in_both
 from tinylab.config.architecture import Model, RopeScaling
-from tinylab.formats.huggingface import save_weights
-from tinylab.formats.huggingface_config import write_config
-from tinylab.formats.load import load_folder
 from tinylab.model.generate import generate_ids
 from tinylab.model.transformer import Llama
 
@@ -94,10 +90,6 @@ def _row(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _compare(config: Model, seed: int, length: int) -> dict[str, Any]:
-    """Both libraries on one random model: differences of logits, and greedy tokens."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, config.vocab_size, (2, length), generator=generator)
     ours = Llama(config)
@@ -107,18 +99,13 @@ def _compare(config: Model, seed: int, length: int) -> dict[str, Any]:
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
         else:
             weight.mul_(2.0)
-    with tempfile.TemporaryDirectory() as folder:
-        save_weights(ours.state_dict(), config, folder)
-        write_config(config, folder, bos_id=1, eos_id=2)
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        theirs: Any = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        ours, ours_bf16 = load_folder(folder), load_folder(folder, dtype=torch.bfloat16)
+    ours, theirs = open_in_both(ours, attn_implementation="eager")
+    ours_bf16 = deepcopy(ours).to(torch.bfloat16)
     wanted: Tensor = theirs(ids).logits
     fp32 = ours(ids) - wanted
     greedy = ids[:1, :17]
     tokens = [generate_ids(ours, greedy, 16, use_cache=cached).tolist() for cached in (True, False)]
-    theirs.generation_config.eos_token_id = None
-    tokens.append(theirs.generate(greedy, max_new_tokens=16, do_sample=False, pad_token_id=0).tolist())
+    tokens.append(theirs.generate(greedy, max_new_tokens=16, do_sample=False).tolist())
     theirs.set_attn_implementation("sdpa")  # its default, in bf16 the more exact of the two
     bf16, theirs_bf16 = ours_bf16(ids) - wanted, theirs.to(torch.bfloat16)(ids).logits - wanted
     largest = wanted.abs().max().item()

@@ -1,8 +1,5 @@
 """Training speed beside transformers' LlamaForCausalLM: same weights, tokens, optimizer and clipping, interleaved."""
 
-from __future__ import annotations
-
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,20 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tinylab.bench.sides import conditions, in_turn
 from tinylab.checkpoint.state import TrainState, build_state
 from tinylab.config.architecture import Model
 from tinylab.config.presets import preset as find_preset
 from tinylab.config.schema import RunConfig
-from tinylab.data.loader import MicroBatch
 from tinylab.dist.context import Context, open_context
 from tinylab.errors import ConfigError, TinylabError
 from tinylab.model.accounting import flops_per_token, parameter_counts
 from tinylab.model.attention import BACKENDS
-from tinylab.model.attention_choice import choose_attention
+from tinylab.model.attention_choice import choose_attention, wait_for
+from tinylab.model.loss import MicroBatch
 from tinylab.model.names import to_huggingface
 from tinylab.model.precision import PRECISIONS, Precision, resolve_precision
+from tinylab.model.transformer import Llama
 from tinylab.runs.provenance import processor
 from tinylab.training.step import train_step
 
@@ -58,7 +57,8 @@ def bench_train(
         config = replace(config, parallel=replace(config.parallel, device="cuda" if device == "cuda" else "cpu"))
     with open_context(config.parallel) as context:
         batches = random_batches(config, context.device)
-        difference = _logit_difference(config, batches[0], context)
+        same = build_state(config, context, None).model
+        difference = _logit_difference(same, batches[0])
         fp32, bf16 = (PRECISIONS[name](context.device) for name in ("fp32", "bf16"))
         default, other = (bf16, fp32) if resolve_precision(context.device, "auto") == bf16 else (fp32, bf16)
 
@@ -67,15 +67,23 @@ def bench_train(
 
         contenders: dict[str, tuple[Precision, Callable[[], object]]] = {
             "tinylab": (default, ours(default)),
-            "transformers": (fp32, _peer_step(config, batches, fp32, context)),
-            f"tinylab {other.name}": (
-                other,
-                our_step(build_state(config, context, None), config, batches, other, context),
-            ),
-            "transformers bf16": (bf16, _peer_step(config, batches, bf16, context)),
+            "transformers": (fp32, _peer_step(config, same, batches, fp32)),
+            f"tinylab {other.name}": (other, ours(other)),
+            "transformers bf16": (bf16, _peer_step(config, same, batches, bf16)),
         }
         batch_tokens = config.stages[0].batch_tokens
-        speeds = _measure({k: f for k, (_, f) in contenders.items()}, windows, steps_per_window, batch_tokens, context)
+
+        def speed(step: Callable[[], object], steps: int = steps_per_window) -> float:
+            wait_for(context.device)
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            wait_for(context.device)
+            return round(steps * batch_tokens / (time.perf_counter() - start), 1)
+
+        for _, step in contenders.values():
+            speed(step, 2)
+        speeds = in_turn({name: partial(speed, step) for name, (_, step) in contenders.items()}, windows)
         rows = {
             name: {"precision": contenders[name][0].name, "median": statistics.median(v), "best": max(v), "windows": v}
             for name, v in speeds.items()
@@ -92,9 +100,7 @@ def bench_train(
             "micro_batch": batches[0].inputs.shape[0],
             "clip_norm": config.optimizer.clip_norm,
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else processor(),
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0],
-            "torch": torch.__version__,
+            **conditions(),
             "compile": False,
             "warmup_steps": 2,
             "steps_per_window": steps_per_window,
@@ -137,25 +143,21 @@ def our_step(
     return partial(train_step, state, batches, targets, **rate, precision=precision, context=context)
 
 
-def _peer(config: Model, state: dict[str, Tensor], device: torch.device) -> Any:
+def _peer(ours: Llama) -> Any:
     """transformers' model with our weights, attention through torch's SDPA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tinylab.formats.huggingface_config import config_values
 
-    values = {k: v for k, v in config_values(config).items() if v is not None}
+    values = {k: v for k, v in config_values(ours.config).items() if v is not None}
     model = LlamaForCausalLM(LlamaConfig(**(values | {"use_cache": False, "attn_implementation": "sdpa"})))
-    model.load_state_dict(to_huggingface(state, config), strict=not config.tie_embeddings)
-    model.train()
-    return nn.Module.to(model, device)
+    model.load_state_dict(to_huggingface(ours.state_dict(), ours.config), strict=not ours.config.tie_embeddings)
+    return nn.Module.to(model.train(), ours.embed.weight.device)
 
 
-def _peer_step(
-    config: RunConfig, batches: list[MicroBatch], precision: Precision, context: Context
-) -> Callable[[], None]:
+def _peer_step(config: RunConfig, ours: Llama, batches: list[MicroBatch], precision: Precision) -> Callable[[], None]:
     """The same step as one would write it with transformers: sums over micro-batches, clipping, fused AdamW."""
-    model = _peer(config.model, build_state(config, context, None).model.state_dict(), context.device)
-    settings = config.optimizer
+    model, settings = _peer(ours), config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.lr,
@@ -181,37 +183,16 @@ def _peer_step(
 
 
 @torch.no_grad()
-def _logit_difference(config: RunConfig, batch: MicroBatch, context: Context) -> float:
+def _logit_difference(ours: Llama, batch: MicroBatch) -> float:
     """Largest absolute difference of logits in fp32. Raises TinylabError when the models are not the same."""
-    ours = build_state(config, context, None).model
-    peer = _peer(config.model, ours.state_dict(), context.device)
     ids = batch.inputs[:2]
-    difference = (ours(ids) - peer(input_ids=ids).logits).abs().max().item()
+    difference = (ours(ids) - _peer(ours)(input_ids=ids).logits).abs().max().item()
     if not difference < FP32_LIMIT:
         raise TinylabError(
             f"both models must give equal logits before their speed is compared (within {FP32_LIMIT} in fp32); "
             f"found a difference of {difference:.3g}. Run the parity tests"
         )
     return difference
-
-
-def _measure(
-    steps: dict[str, Callable[[], object]], windows: int, steps_per_window: int, batch_tokens: int, context: Context
-) -> dict[str, list[float]]:
-    """Tokens/s of every contender in every window, taken in turn."""
-    for step in steps.values():
-        step()
-        step()
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(windows):
-        for name, step in steps.items():
-            _synchronize(context.device)
-            start = time.perf_counter()
-            for _ in range(steps_per_window):
-                step()
-            _synchronize(context.device)
-            speeds[name].append(round(steps_per_window * batch_tokens / (time.perf_counter() - start), 1))
-    return speeds
 
 
 def _product_ceiling(config: Model, device: torch.device) -> dict[str, float]:
@@ -222,15 +203,10 @@ def _product_ceiling(config: Model, device: torch.device) -> dict[str, float]:
         b = torch.randn(config.d_model, 2 * config.d_ff, device=device).to(dtype)
         times = []
         for _ in range(10):
-            _synchronize(device)
+            wait_for(device)
             start = time.perf_counter()
             torch.mm(a, b)
-            _synchronize(device)
+            wait_for(device)
             times.append(time.perf_counter() - start)
         found[name] = round(2 * a.numel() * b.shape[1] / min(times) / 1e9, 1)
     return found
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

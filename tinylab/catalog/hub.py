@@ -3,8 +3,6 @@
 The cache is huggingface_hub's own, shared with transformers. No code of a repository is ever fetched or run.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 from pathlib import Path

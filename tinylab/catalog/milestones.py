@@ -6,8 +6,6 @@ Sources: jzhang38/TinyLlama:README.md, EVAL.md and pretrain/tinyllama.py; the mo
 and its variants; EleutherAI/pythia:README.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tinylab.catalog.series import Checkpoint, choose

@@ -24,6 +24,7 @@ FORMS = (
     "a model folder (config.json and *.safetensors), RUN, RUN@STEP, RUN@1.5B (tokens), RUN@STAGE, a registry name such "
     "as tinyllama-1.1b@1T, a Hub id with optional @revision, a lit-gpt .pth or a llama2.c .bin"
 )
+_FILES: dict[str, Literal["litgpt", "llama2c"]] = {".pth": "litgpt", ".bin": "llama2c"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -49,7 +50,9 @@ def resolve_reference(ref: str | Path | Reference) -> Reference:
     text = str(ref)
     path = Path(text).expanduser()
     if path.is_file():
-        return _foreign_file(path.absolute())
+        if path.suffix not in _FILES:
+            raise NothingFoundError(f"{path.absolute()} is no model that tinylab can name; REF is {FORMS}")
+        return Reference(kind=_FILES[path.suffix], path=path.absolute(), label=path.stem)
     if (path / "config.json").is_file() or (path / "lit_model.pth").is_file():
         return _folder(path.absolute())
     name, at, place = text.rpartition("@")
@@ -79,15 +82,8 @@ def _checkpoint(run: Run, config: RunConfig, path: Path) -> Reference:
     step = step_of(path.name)
     assert step is not None, path
     stage = config.stages[config.stage_index(min(max(step, 1), config.steps))].name
-    return Reference(
-        kind="run",
-        path=path,
-        label=f"{run.name}@{step}",
-        step=step,
-        tokens=config.tokens_at(step),
-        stage=stage,
-        run=run.path,
-    )
+    label, tokens = f"{run.name}@{step}", config.tokens_at(step)
+    return Reference(kind="run", path=path, label=label, step=step, tokens=tokens, stage=stage, run=run.path)
 
 
 def _verified(reference: Reference) -> Reference:
@@ -114,13 +110,6 @@ def _folder(path: Path) -> Reference:
         return _verified(_checkpoint(run, run.config, path))
     kind = "litgpt" if (path / "lit_model.pth").is_file() else "folder"
     return Reference(kind=kind, path=path, label=path.name)
-
-
-def _foreign_file(path: Path) -> Reference:
-    kinds: dict[str, Literal["litgpt", "llama2c"]] = {".pth": "litgpt", ".bin": "llama2c"}
-    if path.suffix not in kinds:
-        raise NothingFoundError(f"{path} is no model that tinylab can name; REF is {FORMS}")
-    return Reference(kind=kinds[path.suffix], path=path, label=path.stem)
 
 
 def _elsewhere(text: str) -> Reference:

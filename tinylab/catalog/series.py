@@ -1,7 +1,5 @@
 """What a REF names after its `@`: one grammar for the checkpoints of a run and for published series."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar

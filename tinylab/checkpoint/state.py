@@ -21,7 +21,7 @@ from tinylab.dist.canonical import use_plain_kernels
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import compiled
 from tinylab.errors import CheckpointError
-from tinylab.model.loss import Batch, loss_sum
+from tinylab.model.loss import MicroBatch, loss_sum
 from tinylab.model.transformer import Llama
 from tinylab.optim.build import build_optimizer
 
@@ -35,7 +35,7 @@ class TrainState:
     parallel: Parallel
     """How its work is laid out over the ranks."""
     optimizer: torch.optim.Optimizer
-    loss: Callable[[Llama, Batch], Tensor] = loss_sum
+    loss: Callable[[Llama, MicroBatch], Tensor] = loss_sum
     """Sum of the losses of a micro-batch: compiled where the run asks for it."""
     step: int = 0
     """Optimizer steps done."""

@@ -1,7 +1,5 @@
 """Verb `checkpoints`: own and published milestones, the audit of a series, and the cache of downloads."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys
@@ -60,7 +58,6 @@ def checkpoints_verb(
 
 
 def _own(refs: tuple[str, ...]) -> Answer:
-    """The checkpoints of some runs."""
     rows = [checkpoint_row(run, path) for run in (Run(r).require() for r in refs) for path in run.checkpoints()]
     if not rows:
         raise NothingFoundError(
@@ -70,10 +67,7 @@ def _own(refs: tuple[str, ...]) -> Answer:
 
 
 def _registry() -> Answer:
-    """Everything that a REF can name: checkpoints of all own runs, and published milestones.
-
-    In text, one line represents all of Pythia's.
-    """
+    """Everything that a REF can name; in text, one line represents all of Pythia's steps."""
     own = [checkpoint_row(run, path) for run in list_runs() for path in run.checkpoints()]
     published = _published()
     shown = [r for r in published if r["series"] != "pythia-1b"]
@@ -110,16 +104,15 @@ def checkpoint_row(run: Run, path: Path) -> dict[str, Any]:
 def _published() -> list[dict[str, Any]]:
     """The published milestones with the REF that names each, and the mean score that its authors printed."""
     from tinylab.catalog.milestones import PUBLISHED
-    from tinylab.evaluation.published import published
+    from tinylab.evaluation.published import MEAN, published
 
-    scores = published()
-    means = scores[scores["task"] == "commonsense_avg7"].set_index("model")
-    rows = []
-    for m in PUBLISHED:
-        known = m.repository in means.index and (m.step is None or means.loc[m.repository, "step"] == m.step)
-        mean = means.loc[m.repository, "printed"] if known else None
-        rows.append({"ref": m.label, **dataclasses.asdict(m), "mean_score": mean})
-    return rows
+    scores: Any = published()
+    rows = scores[scores["task"] == MEAN].to_dict("records")
+    means = {(row["model"], row["label"], row["tokens"]): row["printed"] for row in rows}
+    return [
+        {"ref": m.label, **dataclasses.asdict(m), "mean_score": means.get((m.repository, m.title, m.tokens))}
+        for m in PUBLISHED
+    ]
 
 
 def _published_table(rows: list[dict[str, Any]]) -> str:
@@ -128,7 +121,6 @@ def _published_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
-    """The audit of a series as a table, its problems as messages."""
     from tinylab.analysis.series_audit import audit_series
 
     found = audit_series(refs, progress=lambda line: print(line, file=sys.stderr))
@@ -145,7 +137,6 @@ def _audit(refs: tuple[str, ...], figure: Path | None) -> Answer:
 
 
 def _fetch(refs: tuple[str, ...]) -> Answer:
-    """Download REFs into the cache."""
     from tinylab.catalog.reference import resolve_reference
 
     found = [resolve_reference(ref) for ref in refs]
@@ -155,7 +146,6 @@ def _fetch(refs: tuple[str, ...]) -> Answer:
 
 
 def _cached() -> Answer:
-    """What the cache contains, largest first."""
     from tinylab.catalog.hub import disk_use
 
     rows = disk_use()
@@ -168,7 +158,6 @@ def _cached() -> Answer:
 
 
 def _remove(refs: tuple[str, ...]) -> Answer:
-    """Delete REFs from the cache."""
     from tinylab.catalog.hub import remove
     from tinylab.catalog.milestones import PUBLISHED, find
 

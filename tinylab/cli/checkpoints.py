@@ -65,7 +65,6 @@ def _verify(folder: Path) -> tuple[str, int, list[str]]:
 
 
 def _is_data(folder: Path) -> bool:
-    """Whether the manifest is one of token shards; a damaged one counts by the folder's layout."""
     try:
         return "fingerprint" in read_json(folder / MANIFEST, follow=True)
     except (OSError, CheckpointError, TypeError):

@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 nothing usable found, 130 and 143 stopped by a signal.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect
@@ -96,7 +94,6 @@ class _Messages:
 
 
 def _run(arguments: list[str], debug: bool, as_json: bool) -> int:
-    """Run a command line without the common options; its exit code."""
     try:
         return _show(_dispatch(arguments, as_json), as_json)
     except KeyboardInterrupt:
@@ -120,7 +117,6 @@ def _take(arguments: list[str], option: str) -> bool:
 
 
 def _dispatch(arguments: list[str], as_json: bool) -> Answer:
-    """The answer of the verb that `arguments` name."""
     verb = arguments[0] if arguments else "--help"
     if verb in ("--help", "-h", "help"):
         return Answer({"verbs": {name: line for name, (_, line) in VERBS.items()}}, usage())

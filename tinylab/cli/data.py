@@ -1,10 +1,8 @@
 """Verbs `prepare` and `batch`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
@@ -74,12 +72,9 @@ def prepare_verb(
 def _with_options(
     data: Data, source: tuple[str, ...], limit_mb: float | None, tokenizer: str | None, vocab_size: int | None
 ) -> Data:
-    """The data section with the options of the command line."""
     if source:
         pairs = [s.partition("=") for s in source]
-        wrong = [
-            text for text, (name, equals, corpus) in zip(source, pairs, strict=True) if not (name and equals and corpus)
-        ]
+        wrong = [text for text, parts in zip(source, pairs, strict=True) if not all(parts)]
         if wrong:
             raise ConfigError(
                 f"--source must look like NAME=CORPUS, e.g. books=files:books/*.txt; found {', '.join(wrong)}"
@@ -114,12 +109,8 @@ def batch_verb(
     document = {"run": str(Run(run).path), "step": step, "stage": stage.name, "samples": samples}
     lines = [f"step {step}, stage {stage.name}: {count} samples of {config.model.seq_len} tokens"]
     for sample in samples:
-        lines.append(_sample_line(sample))
+        place = f"{sample['source']}, epoch {sample['epoch']}, window {sample['window']}"
+        lines.append(f"sample {sample['n']}: {place}, {len(sample['documents'])} documents")
         lines += [f"    {d['origin']}" for d in sample["documents"]]
         lines += ["    | " + line for line in sample.get("text", "").splitlines()]
     return Answer(document, "\n".join(lines))
-
-
-def _sample_line(sample: dict[str, Any]) -> str:
-    place = f"{sample['source']}, epoch {sample['epoch']}, window {sample['window']}"
-    return f"sample {sample['n']}: {place}, {len(sample['documents'])} documents"

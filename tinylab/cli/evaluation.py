@@ -1,7 +1,5 @@
 """Verbs `evaluate`, `scores` and `compare`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from tyro.conf import arg

@@ -1,8 +1,6 @@
 """Verbs `demo`, `doctor`, `plan` and `bench`."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -40,8 +38,7 @@ def doctor_verb(device: Literal["auto", "cpu", "cuda"] = "auto") -> Answer:
     from tinylab.doctor import doctor
 
     found = doctor(device)
-    lines = []
-    width = max(len(f["check"]) for f in found["findings"])
+    lines, width = [], max(len(f["check"]) for f in found["findings"])
     for finding in found["findings"]:
         lines.append(f"{finding['state']:<8} {finding['check'].ljust(width)}  {finding['found']}")
         if finding["remedy"]:
@@ -126,37 +123,30 @@ def bench_verb(
         from tinylab.bench.opening import bench_opening
 
         found = bench_opening(preset or "tinyllama_1b", windows)
-        rows = [{"contender": name} | values for name, values in found["medians"].items()]
-        return Answer(found, _side_by_side(found, f"{found['bytes']:,} bytes", rows))
-    if what == "decoding":
+        shape, rows = f"{found['bytes']:,} bytes", found["medians"]
+    elif what == "decoding":
         from tinylab.bench.decoding import bench_decoding
 
         found = bench_decoding(preset or "tiny", windows)
-        rows = [{"contender": name, "tokens/s": row["median"]} for name, row in found["tokens_per_s"].items()]
         shape = f"{found['new_tokens']} tokens after {found['prompt_tokens']}, the same from both"
-        return Answer(found, _side_by_side(found, shape, rows))
-    if what == "checkpoint":
+        rows = {name: {"tokens/s": row["median"]} for name, row in found["tokens_per_s"].items()}
+    elif what == "checkpoint":
         from tinylab.bench.checkpoint import bench_checkpoint
 
         found = bench_checkpoint(preset or "tiny", windows, device=device)
-        rows = [{"contender": name} | values for name, values in found["medians"].items()]
         share = f"{found['share']:.2%} of a run of {found['steps']:,} steps with {found['saves']} checkpoints"
-        return Answer(found, _side_by_side(found, f"{found['bytes']:,} bytes, {found['device']}, {share}", rows))
-    from tinylab.bench.train import bench_train
+        shape, rows = f"{found['bytes']:,} bytes, {found['device']}, {share}", found["medians"]
+    else:
+        from tinylab.bench.train import bench_train
 
-    found = bench_train(preset or "tiny", against, windows, device=device)
-    rows = [
-        {"contender": name, "precision": row["precision"], "tokens/s": row["median"], "best": row["best"]}
-        for name, row in found["tokens_per_s"].items()
-    ]
-    shape = f"{found['seq_len']} tokens x {found['micro_batch']} sequences per pass"
-    return Answer(found, _side_by_side(found, f"{shape}, {found['device']}", rows))
-
-
-def _side_by_side(found: dict[str, Any], what: str, rows: list[dict[str, Any]]) -> str:
-    """A benchmark as text: peer, conditions, one row per contender, ratios."""
+        found = bench_train(preset or "tiny", against, windows, device=device)
+        shape = f"{found['seq_len']} tokens x {found['micro_batch']} sequences per pass, {found['device']}"
+        rows = {
+            name: {"precision": row["precision"], "tokens/s": row["median"], "best": row["best"]}
+            for name, row in found["tokens_per_s"].items()
+        }
     place = f"{found['threads']} threads, load {found['load_average']:.1f}"
     ratios = "\n".join(f"{name}: {value:.3f}" for name, value in found.items() if name.startswith("ratio"))
-    return (
-        f"against {found['against']}\n{found['parameters']:,} parameters, {what}\n{place}\n\n{table(rows)}\n\n{ratios}"
-    )
+    sides = table([{"contender": name} | row for name, row in rows.items()])
+    head = f"against {found['against']}\n{found['parameters']:,} parameters, {shape}\n{place}"
+    return Answer(found, f"{head}\n\n{sides}\n\n{ratios}")

@@ -1,7 +1,5 @@
 """What a verb answers: one JSON document for programs, text for people."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The shape of a Llama: a frozen, keyword-only dataclass that checks every relation between its fields."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -9,9 +7,10 @@ from typing import Literal
 from tinylab.errors import ConfigError
 
 
-def require_positive(owner: str, **values: float) -> None:
-    """Raise ConfigError naming every value that is not a finite number above zero."""
-    bad = [f"{owner}.{k} = {v!r}" for k, v in values.items() if not (math.isfinite(v) and v > 0)]
+def require_positive(section: str, values: object, names: str) -> None:
+    """Raise ConfigError naming each of the fields `names` of `values` that is no finite number above 0; None may be."""
+    given = {name: getattr(values, name) for name in names.split()}
+    bad = [f"{section}.{k} = {v!r}" for k, v in given.items() if v is not None and not (math.isfinite(v) and v > 0)]
     if bad:
         raise ConfigError(f"{', '.join(bad)}: must be finite and greater than 0")
 
@@ -39,13 +38,8 @@ class RopeScaling:
     """llama3 only: context of the model before scaling, in tokens."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "model.rope_scaling",
-            factor=self.factor,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-            original_seq_len=self.original_seq_len,
-        )
+        names = "factor low_freq_factor high_freq_factor original_seq_len"
+        require_positive("model.rope_scaling", self, names)
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
                 "model.rope_scaling.high_freq_factor must exceed low_freq_factor; found "
@@ -87,21 +81,8 @@ class Model:
     """Standard deviation of `init = "normal"` (transformers' default)."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "model",
-            vocab_size=self.vocab_size,
-            n_layer=self.n_layer,
-            d_model=self.d_model,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            d_ff=self.d_ff,
-            seq_len=self.seq_len,
-            norm_eps=self.norm_eps,
-            rope_theta=self.rope_theta,
-            init_std=self.init_std,
-        )
-        if self.d_head is not None:
-            require_positive("model", d_head=self.d_head)
+        sizes = "vocab_size n_layer d_model n_head n_kv_head d_ff d_head seq_len"
+        require_positive("model", self, sizes + " norm_eps rope_theta init_std")
         if self.d_head is None and self.d_model % self.n_head:
             raise ConfigError(
                 f"model.n_head ({self.n_head}) must divide model.d_model ({self.d_model}); "

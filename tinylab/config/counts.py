@@ -1,7 +1,5 @@
 """Counts, sizes and durations as people write and read them: `200K`, `1.5B`, `3.2 MB`, `7 min` (powers of 1,000)."""
 
-from __future__ import annotations
-
 import re
 
 from tinylab.errors import ConfigError

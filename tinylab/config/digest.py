@@ -4,8 +4,6 @@ A field added later must not make old checkpoints refuse, so a field at its defa
 changes would change the meaning of stored digests: it needs a new version here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -54,7 +52,6 @@ def config_digest(config: RunConfig, version: int = DIGEST_VERSION) -> str:
 
 
 def _changed_fields(value: Any) -> Any:
-    """Nested plain values of the fields that are not at their defaults."""
     if dataclasses.is_dataclass(value):
         names = [f.name for f in dataclasses.fields(value) if not _is_default(value, f)]
         return {name: _changed_fields(getattr(value, name)) for name in names}

@@ -32,13 +32,7 @@ class Faults:
     """Steps before it, those that were not refused; until there are as many, no step is a spike."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "faults",
-            max_in_row=self.max_in_row,
-            rewind_skips=self.rewind_skips,
-            spike_sigmas=self.spike_sigmas,
-            spike_window=self.spike_window,
-        )
+        require_positive("faults", self, "max_in_row rewind_skips spike_sigmas spike_window")
         if self.rewind_skips > self.max_in_row:
             raise ConfigError(
                 f"faults.rewind_skips ({self.rewind_skips}) must be at most faults.max_in_row ({self.max_in_row}), "

@@ -1,7 +1,5 @@
 """Configurations as TOML and back: strict keys and types, dotted overrides, all problems at once."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -89,7 +87,6 @@ def override(run: RunConfig, assignments: list[str] | tuple[str, ...]) -> RunCon
 
 
 def _set(values: dict[str, Any], key: str, text: str) -> None:
-    """Put the value written as `text` at the dotted `key` of nested dictionaries and lists."""
     *parents, last = key.split(".")
     target: Any = values
     for name in parents:

@@ -1,7 +1,5 @@
 """Presets: functions that return a whole run. A variant is `replace(base(), …)`; nothing repeats a default."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

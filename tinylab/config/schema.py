@@ -4,8 +4,6 @@ Counts are in tokens unless a name says otherwise; "global" quantities are sums 
 Everything below is plain data: `io.py` writes it as TOML and reads it back.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -35,8 +33,7 @@ class Source:
             raise ConfigError(
                 f"data.sources.corpus must begin with local:, files: or hf:; found {self.corpus!r} (source {self.name})"
             )
-        if self.limit_mb is not None:
-            require_positive(f"data.sources.{self.name}", limit_mb=self.limit_mb)
+        require_positive(f"data.sources.{self.name}", self, "limit_mb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ class Data:
     """Key of the validation split and of the order of documents in the shards."""
 
     def __post_init__(self) -> None:
-        require_positive("data", vocab_size=self.vocab_size)
+        require_positive("data", self, "vocab_size")
         if not self.sources:
             raise ConfigError("data.sources must name at least one source; found none")
         names = [s.name for s in self.sources]
@@ -102,13 +99,12 @@ class Optimizer:
     """Gradients are scaled down to this global norm; absent: no clipping. TinyLlama: 1.0."""
 
     def __post_init__(self) -> None:
-        require_positive("optimizer", lr=self.lr, eps=self.eps)
+        require_positive("optimizer", self, "lr eps")
         if not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"optimizer.betas must lie in [0, 1); found {self.betas}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"optimizer.weight_decay must be finite and at least 0; found {self.weight_decay}")
-        if self.clip_norm is not None:
-            require_positive("optimizer", clip_norm=self.clip_norm)
+        require_positive("optimizer", self, "clip_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +139,7 @@ class Parallel:
     """How long ranks that exchange something wait for one that is dead or stuck, once training has begun."""
 
     def __post_init__(self) -> None:
-        require_positive("parallel", micro_batch=self.micro_batch, timeout_s=self.timeout_s)
-        if self.threads is not None:
-            require_positive("parallel", threads=self.threads)
+        require_positive("parallel", self, "micro_batch timeout_s threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +157,7 @@ class Saving:
     next checkpoint is tried at its time. The run's last one must succeed."""
 
     def __post_init__(self) -> None:
-        require_positive("saving", every_tokens=self.every_tokens)
+        require_positive("saving", self, "every_tokens")
         if self.keep is not None and self.keep < 1:
             raise ConfigError(f"saving.keep must be at least 1, or absent to keep all; found {self.keep}")
 
@@ -178,7 +172,7 @@ class Validation:
     """Validation sequences per measurement, always the same; fewer if the split has fewer."""
 
     def __post_init__(self) -> None:
-        require_positive("validation", every_tokens=self.every_tokens, sequences=self.sequences)
+        require_positive("validation", self, "every_tokens sequences")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@
 Counts are in tokens, summed over all ranks.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,7 +36,7 @@ class Stage:
     """End of a linear or cosine segment as a fraction of optimizer.lr; absent: the schedule's end."""
 
     def __post_init__(self) -> None:
-        require_positive(f"stages.{self.name}", tokens=self.tokens, batch_tokens=self.batch_tokens)
+        require_positive(f"stages.{self.name}", self, "tokens batch_tokens")
         if self.ramp_tokens < 0 or self.ramp_tokens > self.tokens:
             raise ConfigError(
                 f"stages.{self.name}.ramp_tokens must lie between 0 and the stage's tokens ({self.tokens}); "

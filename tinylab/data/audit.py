@@ -1,7 +1,5 @@
 """The checks that TinyLlama's data lacked: padding runs, conservation, duplicates across the splits, ranges of ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

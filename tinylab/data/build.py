@@ -5,12 +5,10 @@
 Nothing stored depends on time, place or the order of a folder's listing.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,11 @@ def build(folder: Path, data: Data, identity: dict[str, Any], say: Say) -> dict[
     spools = [read_source(source, folder / "spool" / source.name, data, seen, say) for source in data.sources]
     tokenizer = given or train_tokenizer(sample(spools, TOKENIZER_SAMPLE_BYTES), data.vocab_size)
     texts = [text for spool in spools for text in spool.texts(spool.train[:CHECKED_DOCUMENTS])]
-    _check_tokenizer(tokenizer, data, texts, say)
+    tokenizer.check(texts)
+    failpoint("prepare.tokenizer")
+    say(f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} entries, encoded by {tokenizer.backend}")
+    for note in tokenizer.notes:
+        say(f"tokenizer: {note}")
     boundary = _boundary(tokenizer, data)
     _check_disk(folder, spools, tokenizer, texts, say)
     tokenizer.save(folder / "tokenizer")
@@ -107,21 +109,8 @@ def read_source(source: Source, path: Path, data: Data, seen: set[bytes], say: S
     return spool
 
 
-def encode_documents(
-    spool: Spool, entries: Sequence[Entry], tokenizer: Tokenizer
-) -> Iterator[tuple[Entry, np.ndarray]]:
-    """The entries of a spool, each with the ids of its text: int64, without boundary ids."""
-    for batch, texts in spool.batches(entries, BATCH_BYTES):
-        yield from zip(batch, tokenizer.encode_batch(texts), strict=True)
-        failpoint("prepare.encoded")
-
-
 def write_documents(
-    folder: Path,
-    spool: Spool,
-    entries: Sequence[Entry],
-    tokenizer: Tokenizer,
-    boundary: tuple[np.ndarray, np.ndarray],
+    folder: Path, spool: Spool, entries: Sequence[Entry], tokenizer: Tokenizer, boundary: tuple[np.ndarray, np.ndarray]
 ) -> tuple[dict[str, Any], int]:
     """Encode entries and write them as the shards of `folder` (DATA/SPLIT/SOURCE).
 
@@ -130,9 +119,11 @@ def write_documents(
     before, after = boundary
     writer = ShardWriter(folder, tokenizer.vocab_size)
     encoded = 0
-    for entry, ids in encode_documents(spool, entries, tokenizer):
-        encoded += len(ids)
-        writer.add(np.concatenate([before, ids, after]), entry.origin, entry.size, entry.digest.hex())
+    for batch, texts in spool.batches(entries, BATCH_BYTES):
+        for entry, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+            encoded += len(ids)
+            writer.add(np.concatenate([before, ids, after]), entry.origin, entry.size, entry.digest.hex())
+        failpoint("prepare.encoded")
     stored = source_entry(writer.close())
     bounds = len(entries) * (len(before) + len(after))
     assert stored["tokens"] == encoded + bounds, f"{folder}: {encoded} + {bounds} tokens encoded, found {stored}"
@@ -150,17 +141,7 @@ def _given_tokenizer(data: Data) -> Tokenizer:
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: Tokenizer, data: Data, texts: list[str], say: Say) -> None:
-    """Compare a tokenizer with its reference on `texts`, and say what it is."""
-    tokenizer.check(texts)
-    failpoint("prepare.tokenizer")
-    say(f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} entries, encoded by {tokenizer.backend}")
-    for note in tokenizer.notes:
-        say(f"tokenizer: {note}")
-
-
 def _boundary(tokenizer: Tokenizer, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Ids before and after each document."""
     before = [tokenizer.bos_id] if "bos" in data.boundary else []
     after = [tokenizer.eos_id] if "eos" in data.boundary else []
     if None in (*before, *after):

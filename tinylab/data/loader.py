@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -22,43 +22,12 @@ from tinylab.config.schema import RunConfig
 from tinylab.data.order import DataOrder, Samples, check_ranks, data_hash, rank_slice
 from tinylab.data.shards.reader import Shard, ShardSet, TokenStream
 from tinylab.errors import DataError
-from tinylab.model.loss import IGNORED
+from tinylab.model.loss import IGNORED, MicroBatch
 
 _STEPS_AHEAD = 16
 """Steps whose shards are verified ahead of the one being read."""
 _MOST_HASHING_THREADS = 8
 """Per rank; one core hashes about 1.2 GB/s, more than most disks deliver to one reader."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass reads."""
-
-    inputs: torch.Tensor
-    """(B, T) int64."""
-    targets: torch.Tensor
-    """(B, T) int64; IGNORED where data.document_mask cuts the loss between two documents."""
-    document_ids: torch.Tensor | None
-    """(B, T) int32, number of the token's document within its sample; None without data.document_mask."""
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The micro-batch on `device`; itself where it is there already."""
-        if device.type == "cpu":
-            return self
-        documents = self.document_ids
-        return replace(
-            self,
-            inputs=self.inputs.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            document_ids=None if documents is None else documents.to(device, non_blocking=True),
-        )
-
-    def sequences(self) -> Iterator[MicroBatch]:
-        """The same samples, each in a micro-batch of its own."""
-        for row in range(len(self.inputs)):
-            one = slice(row, row + 1)
-            documents = self.document_ids
-            yield MicroBatch(self.inputs[one], self.targets[one], None if documents is None else documents[one])
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,9 @@ class DataOrder:
             rows = np.flatnonzero(source == i)
             if len(rows):
                 epoch[rows], place = np.divmod(number[rows], size)
-                window[rows] = permute(place, size, _epoch_keys(self._keys[i], epoch[rows]))
+                window[rows] = permute(
+                    place, size, _mix(epoch[rows].astype(np.uint64) * _GOLDEN + np.uint64(self._keys[i]))
+                )
         return Samples(np.arange(first, first + count, dtype=np.int64), source, epoch, window)
 
 
@@ -176,10 +178,6 @@ def _feistel(value: np.ndarray, rows: int, columns: int, keys: np.ndarray) -> np
         row = (row + _mix(keys + (column * np.uint64(_ROUNDS) + np.uint64(i + 1)) * _GOLDEN)) % np.uint64(rows)
         column = (column + _mix(keys + (row * np.uint64(_ROUNDS) + np.uint64(i + 2)) * _GOLDEN)) % np.uint64(columns)
     return row * np.uint64(columns) + column
-
-
-def _epoch_keys(key: int, epoch: np.ndarray) -> np.ndarray:
-    return _mix(epoch.astype(np.uint64) * _GOLDEN + np.uint64(key))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -4,8 +4,6 @@ All files are written to a temporary folder beside the target, which one rename 
 after an interruption the same command starts anew.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -13,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +75,6 @@ def prepare(data: Data, *, path: Path | None = None, progress: Say | None = None
 
 
 def _identity(data: Data) -> dict[str, Any]:
-    """The data section without what does not change the shards."""
     return {k: v for k, v in run_to_dict(data).items() if k not in _NOT_IN_SHARDS}
 
 
@@ -143,8 +140,9 @@ def _locked(target: Path, say: Say) -> Iterator[None]:
             except BlockingIOError:
                 say(f"another process prepares {target}; waiting for it")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):
-                break
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break
             os.close(descriptor)  # its holder has ended and removed the file: compete for the next one
     except OSError as error:
         raise DataError(str(disk_error(path, error))) from error
@@ -153,10 +151,3 @@ def _locked(target: Path, say: Say) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

@@ -3,8 +3,6 @@
 A corpus is read once; the split, the tokenizer's sample and the order of documents are decided when all are known.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

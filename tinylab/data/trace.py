@@ -1,7 +1,5 @@
 """Which samples a step of a run consumes, and which documents they come from: before, during and after the run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tinylab.config.schema import RunConfig

@@ -3,8 +3,6 @@
 A row is (ids, count): the ids of a context followed by a continuation, and how many of them the continuation has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Compare two models by name: score what is missing, then pair their stored items (evaluation/paired.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +10,10 @@ from tinylab.evaluation.paired import IDENTITY, Comparison, compare_records
 from tinylab.evaluation.probes import PROBES
 from tinylab.evaluation.profile import Profile
 from tinylab.evaluation.profile import profile as find_profile
+from tinylab.evaluation.published import BENCHMARKS
 from tinylab.evaluation.records import Record, ResultStore, default_store, open_store
 from tinylab.evaluation.score_model import stored_weight_hash
-from tinylab.evaluation.tasks import BENCHMARK_FILES, expand
+from tinylab.evaluation.tasks import expand
 
 
 def compare(
@@ -74,6 +73,6 @@ def _held(model: Reference, store: ResultStore, profile: str | Profile | None) -
     if not records:
         return []
     weights = stored_weight_hash(model.path, store)
-    places = {task: i for i, task in enumerate([*PROBES, *BENCHMARK_FILES])}
+    places = {task: i for i, task in enumerate([*PROBES, *BENCHMARKS])}
     held = (r for r in records if r.key.weights == weights)
     return sorted(held, key=lambda r: places.get(r.key.task, len(places)))

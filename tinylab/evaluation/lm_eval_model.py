@@ -3,8 +3,6 @@
 Letters: N requests of a batch, T tokens, C model width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -89,8 +87,8 @@ class TinylabLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Like lm-eval's, but all strings are first encoded together rather than one by one."""
-        texts = {text for context, choice in (r.args for r in requests) for text in _spellings(context, choice)}
-        ordered = sorted(texts)
+        pairs = [r.args for r in requests]  # as TemplateLM._encode_pair spells them: spaces go to the choice
+        ordered = sorted({context + choice for context, choice in pairs} | {c.rstrip() for c, _ in pairs if c})
         batch = self.text.encode_batch(ordered)
         self._encoded = {text: ids.tolist() for text, ids in zip(ordered, batch, strict=True)}
         try:
@@ -203,13 +201,7 @@ class TinylabLM(TemplateLM):
         return results
 
 
-def _spellings(context: str, choice: str) -> tuple[str, ...]:
-    """The strings that lm-eval encodes for a request (TemplateLM._encode_pair): spaces go to the choice."""
-    return (context + choice, context.rstrip()) if context else (choice,)
-
-
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Ids (N, T), int64, padded with zeros on the right."""
     return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
 
 

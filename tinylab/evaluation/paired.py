@@ -1,21 +1,17 @@
 """Two models on the same items, pair by pair: are they two at all, by how much do they differ, where, how surely?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas
 
 from tinylab.errors import EvaluationError
 from tinylab.evaluation.records import Record
 from tinylab.evaluation.scores import margin, predictions, score_item
 from tinylab.evaluation.statistics import MeanDifference, Paired, bootstrap_mean, holm, paired
-
-if TYPE_CHECKING:
-    import pandas
 
 IDENTITY = ("label", "step", "tokens", "stage")
 
@@ -55,11 +51,8 @@ class TaskPair:
 
     def margins(self) -> list[dict[str, Any]]:
         """`task, doc_hash, margin_a, margin_b` of every item: the right answer's score minus the best other one's."""
-        return [
-            {"task": self.task, "doc_hash": a["doc_hash"]}
-            | {"margin_a": margin(a, self.metric), "margin_b": margin(b, self.metric)}
-            for a, b in self.items
-        ]
+        pairs = ((a["doc_hash"], margin(a, self.metric), margin(b, self.metric)) for a, b in self.items)
+        return [{"task": self.task, "doc_hash": h, "margin_a": a, "margin_b": b} for h, a, b in pairs]
 
     def flips(self) -> list[dict[str, Any]]:
         """The items that only one model has right (columns: `Comparison.flips`), in document order."""
@@ -110,8 +103,6 @@ class Comparison:
 
     def table(self) -> pandas.DataFrame:
         """`rows` as a DataFrame."""
-        import pandas
-
         return pandas.DataFrame(self.rows())
 
     @cached_property
@@ -150,8 +141,6 @@ class Comparison:
 
     def margins(self) -> pandas.DataFrame:
         """`task, doc_hash, margin_a, margin_b, change` of every item: the histogram under the scores."""
-        import pandas
-
         frame = pandas.DataFrame([row for pair in self.pairs for row in pair.margins()])
         return frame.assign(change=frame["margin_b"] - frame["margin_a"])
 

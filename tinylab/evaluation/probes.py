@@ -6,8 +6,6 @@ named, as models of a few million parameters stay near chance on it. Items depen
 the seed. Wrong answers are the right answers of other items, from other documents if those have three.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import hashlib

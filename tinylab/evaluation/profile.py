@@ -3,8 +3,6 @@
 The tokenizer, batch size, device and limit are not among them: TinyLlama and Pythia must be comparable.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass

@@ -4,17 +4,13 @@ Nothing here is repaired: where a printed number does not fit, the row says so i
 is in catalog/milestones.py.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import pandas
 
 from tinylab.catalog.milestones import PUBLISHED, Milestone
 from tinylab.evaluation.statistics import Z95, standard_error, wilson_interval
-
-if TYPE_CHECKING:
-    import pandas
 
 EVAL_MD = "jzhang38/TinyLlama:EVAL.md @ bf12224"
 CARD = "model card of TinyLlama/TinyLlama_v1.1"
@@ -22,9 +18,14 @@ CARD = "model card of TinyLlama/TinyLlama_v1.1"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the seven tasks: items of the split that is scored, its metric, and chance."""
+    """One of the seven tasks."""
 
+    file: str
+    """lm-eval's built-in file, below its tasks/."""
+    split: str
+    """The split that is scored."""
     n: int
+    """Its items."""
     metric: str
     chance: float
     majority: float | None = None
@@ -32,15 +33,16 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "hellaswag": Benchmark(10042, "acc_norm", 0.25),
-    "openbookqa": Benchmark(500, "acc_norm", 0.25),
-    "winogrande": Benchmark(1267, "acc", 0.5),
-    "arc_challenge": Benchmark(1172, "acc_norm", 0.25),
-    "arc_easy": Benchmark(2376, "acc_norm", 0.25),
-    "boolq": Benchmark(3270, "acc", 0.5, 0.6217),  # "yes" on validation: arXiv 1905.10044
-    "piqa": Benchmark(1838, "acc_norm", 0.5),
+    "hellaswag": Benchmark("hellaswag/hellaswag.yaml", "validation", 10042, "acc_norm", 0.25),
+    "openbookqa": Benchmark("openbookqa/openbookqa.yaml", "test", 500, "acc_norm", 0.25),
+    "winogrande": Benchmark("winogrande/default.yaml", "validation", 1267, "acc", 0.5),
+    "arc_challenge": Benchmark("arc/arc_challenge.yaml", "test", 1172, "acc_norm", 0.25),
+    "arc_easy": Benchmark("arc/arc_easy.yaml", "test", 2376, "acc_norm", 0.25),
+    # "yes" on validation: arXiv 1905.10044
+    "boolq": Benchmark("super_glue/boolq/default.yaml", "validation", 3270, "acc", 0.5, 0.6217),
+    "piqa": Benchmark("piqa/piqa.yaml", "validation", 1838, "acc_norm", 0.5),
 }
-"""The seven tasks in the order of EVAL.md; splits and sizes as lm-eval reads them."""
+"""The seven tasks in the order of EVAL.md."""
 
 MEAN = "commonsense_avg7"
 INSTRUCT_EVAL = ("mmlu", "bbh", "humaneval", "drop")
@@ -84,8 +86,6 @@ def published() -> pandas.DataFrame:
     (always the frequent answer), `recomputed` (k/n, and for the mean of seven the mean of those), `flag` (what does not
     fit, else ""), `source`.
     """
-    import pandas
-
     known = {m.title: m for m in PUBLISHED if m.printed_tokens is not None}
     return pandas.DataFrame([row for title in _PERCENT for row in _rows(known[title])])
 

@@ -1,4 +1,4 @@
-"""Results item by item: one JSON Lines file per (weights, tokenizer, profile, task, version, items), written whole.
+"""Results item by item: a complete JSON Lines file per (weights, tokenizer, profile, task, version, items).
 
     STORE/results/<weights>-<tokenizer>-<profile>/<task>-v<version>-<items>.jsonl
     STORE/documents/<task>-<items>.jsonl            prompts, choices and origins, once for all models
@@ -6,8 +6,6 @@
 The first line of a result is its header (what was scored, how, by what), each further line one item. Metrics are
 computed on reading (evaluation/scores.py).
 """
-
-from __future__ import annotations
 
 import hashlib
 import json

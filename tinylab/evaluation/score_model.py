@@ -94,7 +94,6 @@ class ModelScorer:
         return record
 
     def _header(self, task: EvaluationTask, items: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-        """What was scored, how, and by what."""
         import torch
 
         return {

@@ -1,17 +1,14 @@
 """Scores from stored items: which answer was chosen under each metric, by what margin, and the table of a store."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
 
 from tinylab.errors import ConfigError, EvaluationError, NothingFoundError
 from tinylab.evaluation.records import Record, ResultStore, open_store
 from tinylab.evaluation.statistics import standard_error, wilson_interval
-
-if TYPE_CHECKING:
-    import pandas
 
 
 def choice_scores(item: dict[str, Any]) -> dict[str, list[float]]:
@@ -48,22 +45,18 @@ def margin(item: dict[str, Any], metric: str = "acc") -> float:
     return scores[gold] - max(s for i, s in enumerate(scores) if i != gold)
 
 
-def _yes_share(items: list[dict[str, Any]]) -> float:
-    """Share of BoolQ answered "yes": at small sizes it measures the prior, not reading."""
-    return sum(predictions(item)["acc"] == 1 for item in items) / len(items)
-
-
 def row_of(record: Record, metric: str | None = None) -> dict[str, Any]:
     """One measurement as a row (see `Scores.rows`). Raises EvaluationError when its items do not allow `metric`."""
     header, items = record.header, record.items()
     name = metric or header["metric"]
     k, n = sum(score_item(item, name) for item in items), len(items)
     low, high = wilson_interval(k, n)
+    yes = sum(predictions(i)["acc"] == 1 for i in items) / n  # of BoolQ: at small sizes the prior, not reading
     return (
         {f: header.get(f) for f in ("label", "step", "tokens", "stage")}
         | {"task": record.key.task, "metric": name, "value": k / n, "low": low, "high": high, "n": n, "k": k}
         | {"stderr": standard_error(k, n), "chance": header.get("chance"), "baseline": header.get("baseline")}
-        | {"yes_share": _yes_share(items) if record.key.task == "boolq" else None}
+        | {"yes_share": yes if record.key.task == "boolq" else None}
         | {"ties": sum(margin(i, name) == 0 for i in items), "truncated": sum(i["truncated"] for i in items)}
         | {"weights": record.key.weights, "profile": header["profile"]["name"]}
     )
@@ -99,8 +92,6 @@ class Scores:
 
     def table(self, metric: str | None = None) -> pandas.DataFrame:
         """`rows` as a DataFrame, oldest checkpoint first."""
-        import pandas
-
         return pandas.DataFrame(self.rows(metric))
 
     def items(self, ref: str, task: str) -> pandas.DataFrame:
@@ -108,8 +99,6 @@ class Scores:
 
         Raises NothingFoundError naming what the store holds.
         """
-        import pandas
-
         held = [(r.header["label"], r.key.task, r) for r in self.records()]
         for label, name, record in held:
             if name == task and (ref == label or record.key.weights.startswith(ref)):

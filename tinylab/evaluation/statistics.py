@@ -4,8 +4,6 @@ Shares and differences are fractions, not percent. Every interval covers the dra
 order. Needs numpy alone, so that published scores can be read without the `evaluate` extra; scipy checks it in tests.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Raises ValueError unless 0 <= k <= n and n >= 1.
     """
     if not 0 <= k <= n or n < 1:
-        raise ValueError(f"k must lie between 0 and n, and n be at least 1; found k = {k}, n = {n}")
+        raise ValueError(f"k must be between 0 and n, and n at least 1; found k = {k}, n = {n}")
     z = NormalDist().inv_cdf(0.5 + level / 2)
     p, shrink = k / n, 1 + z * z / n
     center = (p + z * z / (2 * n)) / shrink
@@ -83,16 +81,9 @@ def paired(right_a: Sequence[bool] | np.ndarray, right_b: Sequence[bool] | np.nd
     a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)
     n, both, only_a, only_b = len(a), int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum())
     gain = only_b - only_a
-    return Paired(
-        n=n,
-        both=both,
-        only_a=only_a,
-        only_b=only_b,
-        neither=n - both - only_a - only_b,
-        difference=gain / n,
-        stderr=math.sqrt(max(0.0, only_a + only_b - gain * gain / n)) / n,
-        p=mcnemar(only_a, only_b),
-    )
+    stderr = math.sqrt(max(0.0, only_a + only_b - gain * gain / n)) / n
+    neither = n - both - only_a - only_b
+    return Paired(n, both, only_a, only_b, neither, gain / n, stderr, mcnemar(only_a, only_b))
 
 
 @dataclass(frozen=True)
@@ -130,15 +121,7 @@ def bootstrap_mean(
         difference += float(items.mean())
         variance += float(items.var()) / len(items)
     low, high = np.quantile(means / count, [0.5 - level / 2, 0.5 + level / 2])
-    return MeanDifference(
-        difference=difference / count,
-        low=float(low),
-        high=float(high),
-        stderr=math.sqrt(variance) / count,
-        draws=draws,
-        seed=seed,
-        level=level,
-    )
+    return MeanDifference(difference / count, float(low), float(high), math.sqrt(variance) / count, draws, seed, level)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

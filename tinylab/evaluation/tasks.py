@@ -3,8 +3,6 @@
 Prompts, answers and metrics are those of lm-eval's built-in YAML files; only the source of the documents differs.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,17 +15,7 @@ from tinylab.errors import ConfigError, EvaluationError, did_you_mean
 from tinylab.evaluation.probes import PROBES, probe_config, word_overlap
 from tinylab.evaluation.published import BENCHMARKS
 
-BENCHMARK_FILES = {
-    "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
-    "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
-    "winogrande": ("winogrande/default.yaml", "validation"),
-    "arc_challenge": ("arc/arc_challenge.yaml", "test"),
-    "arc_easy": ("arc/arc_easy.yaml", "test"),
-    "boolq": ("super_glue/boolq/default.yaml", "validation"),
-    "piqa": ("piqa/piqa.yaml", "validation"),
-}
-"""lm-eval's built-in file and the split that is scored."""
-GROUPS = {"probes": ("continuation", "code"), "benchmarks": tuple(BENCHMARK_FILES)}
+GROUPS = {"probes": ("continuation", "code"), "benchmarks": tuple(BENCHMARKS)}
 """The probe `docstring` is in no group, because models of a few million parameters stay near chance on it."""
 
 
@@ -53,7 +41,7 @@ def expand(names: str | Sequence[str]) -> list[str]:
 
     Raises ConfigError for an unknown name, with the nearest known one.
     """
-    known = [*GROUPS, *PROBES, *BENCHMARK_FILES]
+    known = [*GROUPS, *PROBES, *BENCHMARKS]
     result: list[str] = []
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
@@ -73,15 +61,14 @@ def benchmark(name: str, data_dir: str | Path | None) -> EvaluationTask:
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    file, split = BENCHMARK_FILES[name]
-    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / file)
+    about = BENCHMARKS[name]
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / about.file)
     source = f"hub:{config['dataset_path']}"
     if data_dir is not None:
         path = Path(data_dir).expanduser() / f"{name}.jsonl"
         documents = _read_documents(path)
         source = f"file:{path.name}"
-        config = _in_memory(config, documents, split)
-    about = BENCHMARKS[name]
+        config = _in_memory(config, documents, about.split)
     return _build(name, config, about.metric, about.chance, source, about.majority)
 
 
@@ -92,7 +79,6 @@ def probe(name: str, items: list[dict[str, Any]], source: str) -> EvaluationTask
 
 
 def _in_memory(config: dict[str, Any], documents: list[dict[str, Any]], split: str) -> dict[str, Any]:
-    """The configuration with `documents` as its only split."""
     import datasets
 
     data = {split: datasets.Dataset.from_list(documents)}

@@ -1,12 +1,10 @@
 """From one checkpoint format to another: read as a stream, written under a temporary name, compared, then renamed."""
 
-from __future__ import annotations
-
-import json
 import math
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +18,7 @@ from tinylab.data.tokenizer.sentencepiece_model import serialize
 from tinylab.errors import CheckpointError, ConfigError
 from tinylab.formats import litgpt
 from tinylab.formats.huggingface import save_weights
-from tinylab.formats.huggingface_config import write_config
+from tinylab.formats.huggingface_config import read_object, write_config
 from tinylab.formats.llama2c_tokenizer import find_tokenizer, read_tokenizer
 from tinylab.formats.load import load_folder
 from tinylab.model.transformer import Llama
@@ -127,19 +125,16 @@ def rounding_limit(config: Model, dtype: torch.dtype) -> float:
 
 
 def _require_finite(source: Path, target: Path, model: Llama, original: Tensor, cast: Tensor) -> None:
-    """Raise unless all logits are finite, in the source and after the cast."""
-    whole, kept = (float(logits.isfinite().double().mean()) for logits in (original, cast))
-    if whole < 1:
-        raise CheckpointError(
-            f"{source} must give finite logits; {whole:.2%} of them are finite. Its weights are damaged or diverged: "
-            "convert an earlier checkpoint"
-        )
-    if kept < 1:
-        dtype = model.head.weight.dtype
-        raise CheckpointError(
-            f"{target} must give finite logits; in {str(dtype).removeprefix('torch.')} {kept:.2%} of them are finite, "
-            f"in the source all. Values exceed the largest of this dtype, {torch.finfo(dtype).max:g}: take bf16 or fp32"
-        )
+    dtype = model.head.weight.dtype
+    name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    reasons = {
+        source: "Its weights are damaged or diverged: convert an earlier checkpoint",
+        target: f"In {name}, values exceed the largest of this dtype, {largest:g}: take bf16 or fp32",
+    }
+    for (place, reason), logits in zip(reasons.items(), (original, cast), strict=True):
+        share = float(logits.isfinite().double().mean())
+        if share < 1:
+            raise CheckpointError(f"{place} must give finite logits; {share:.2%} of them are finite. {reason}")
 
 
 def _format(target: Path, format: Format | None) -> Format:
@@ -163,7 +158,6 @@ def _tokenizer(source: Path, model: Model, kind: Format, given: str | Path | Non
 
 
 def _write(model: Llama, source: Path, tokenizer: Path | None, temporary: Path, target: Path, kind: Format) -> Path:
-    """Write everything below `temporary`; the path that becomes `target`."""
     if kind == "tinyllama":
         litgpt.save_pth(model, temporary / target.name, "tinyllama")
         return temporary / target.name
@@ -192,11 +186,8 @@ def _special_ids(folder: Path) -> tuple[int | None, int | None]:
     """bos and eos of the source's configuration; None where it has none."""
     values: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
-        try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        values |= found if isinstance(found, dict) else {}
+        with suppress(CheckpointError):
+            values |= read_object(folder / name)
     bos, eos = (values.get(key) for key in ("bos_token_id", "eos_token_id"))
     return bos if type(bos) is int else None, eos if type(eos) is int else None
 
@@ -209,7 +200,7 @@ def _publish(written: Path, temporary: Path, target: Path) -> None:
     try:
         fsync_path(written)
         if target.exists():
-            raise CheckpointError(f"{target} must not exist; another process made it meanwhile. Nothing was kept")
+            raise CheckpointError(f"{target} must not exist; another process has made it. Nothing was kept")
         os.rename(written, target)
         fsync_path(target.parent)
     except OSError as error:

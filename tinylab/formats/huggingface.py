@@ -4,8 +4,6 @@ A folder is never trusted: nothing is unpickled, the configuration must describe
 file names in a weight map stay inside the folder, and every header is checked before a tensor is read.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 from collections import Counter
@@ -138,7 +136,6 @@ def write_weight_files(
 
 
 def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
-    """Names of the tensors of each file, in order."""
     names: list[str] = []
     filled = 0
     for name, size in sizes.items():

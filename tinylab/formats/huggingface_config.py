@@ -1,8 +1,8 @@
 """config.json of a Llama, both ways: what tinylab computes exactly is read, everything else is refused by name."""
 
-from __future__ import annotations
-
 import json
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,21 @@ from tinylab.runs.durable import disk_error
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_YAML_BYTES = 200_000
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_READ = {
-    *_REQUIRED,
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
-    *("rope_parameters", "tie_word_embeddings", "initializer_range"),
+_FIELDS: dict[str, tuple[str, type, Any]] = {
+    "vocab_size": ("vocab_size", int, None),
+    "d_model": ("hidden_size", int, None),
+    "d_ff": ("intermediate_size", int, None),
+    "n_layer": ("num_hidden_layers", int, None),
+    "n_head": ("num_attention_heads", int, None),
+    "n_kv_head": ("num_key_value_heads", int, None),
+    "seq_len": ("max_position_embeddings", int, 2048),
+    "norm_eps": ("rms_norm_eps", float, 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", bool, False),
+    "init_std": ("initializer_range", float, 0.02),
 }
+"""Our fields: transformers' name, type and default. Those without a default must be given, but for n_kv_head."""
+_REQUIRED = tuple(name for ours, (name, _, default) in _FIELDS.items() if default is None and ours != "n_kv_head")
+_READ = {*(name for name, _, _ in _FIELDS.values()), "head_dim", "rope_theta", "rope_scaling", "rope_parameters"}
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "architectures": (["LlamaForCausalLM"], ["LlamaModel"], ["LLaMAForCausalLM"]),
@@ -45,41 +54,36 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 """What rope_scaling (rope_parameters in transformers 5) must give, by its type."""
-_ROPE_READ = {*_ROPE_NEEDS["llama3"], "rope_theta", "rope_type", "type", "original_max_position_embeddings"}
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_READ = {*_ROPE_NEEDS["llama3"], "rope_theta", "rope_type", "type", _ORIGINAL}
 """All other keys of it may change the model."""
 
 
 def config_values(config: Model) -> dict[str, Any]:
     """What config.json says of the model itself, under transformers' names."""
     scaling = config.rope_scaling
-    rope = None if scaling is None else {"rope_type": scaling.rope_type, "factor": scaling.factor}
-    if rope is not None and scaling is not None and scaling.rope_type == "llama3":
-        rope |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_seq_len,
-        }
+    rope = {"rope_type": scaling.rope_type, **scaling_values(scaling, _ORIGINAL)} if scaling else None
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
+        **{name: getattr(config, ours) for ours, (name, _, _) in _FIELDS.items()},
         "head_dim": config.head_size,
-        "max_position_embeddings": config.seq_len,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
         "use_cache": True,
     }
+
+
+def scaling_values(scaling: RopeScaling, original: str) -> dict[str, float]:
+    """The numbers of a rotary scaling; `original` is the format's name of the context before it."""
+    values = {"factor": scaling.factor}
+    if scaling.rope_type == "llama3":
+        values |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        values[original] = scaling.original_seq_len
+    return values
 
 
 def write_config(
@@ -112,12 +116,9 @@ def model_from_config(source: dict[str, Any] | str | Path) -> Model:
     """
     values, where = (source, "config.json") if isinstance(source, dict) else (read_object(Path(source)), str(source))
     problems = [f"{key} must be given" for key in _REQUIRED if values.get(key) is None]
-    for key, value in values.items():
-        if key in _FIXED:
-            if value is not None and value not in _FIXED[key]:
-                problems.append(f"{key} must be {' or '.join(map(repr, _FIXED[key]))}; found {value!r}")
-        elif key not in _READ and key not in _HARMLESS and value not in (None, False):
-            problems.append(f"{key} = {value!r} is unknown and may change the model")
+    problems += misfits(values, _FIXED)
+    unknown = {k: v for k, v in values.items() if k not in _READ | _HARMLESS | _FIXED.keys() and v not in (None, False)}
+    problems += [f"{key} = {value!r} is unknown and may change the model" for key, value in unknown.items()]
     if values.get("model_type") is None:
         problems.append("model_type must be 'llama'; found none")
     if problems:
@@ -128,34 +129,33 @@ def model_from_config(source: dict[str, Any] | str | Path) -> Model:
         raise CheckpointError(f"{where} cannot be used: {error}") from error
 
 
-def _model(values: dict[str, Any]) -> Model:
-    def take(key: str, kind: type, default: Any = None) -> Any:
-        value = values.get(key)
-        value = default if value is None else value
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{key} must be of type {kind.__name__}; found {value!r}")
-        return kind(value)
+def misfits(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """A line for each given key of `fixed` that has none of the values it must have (none allowed: null only)."""
+    given = {key: values[key] for key in fixed if values.get(key) is not None and values[key] not in fixed[key]}
+    return [
+        f"{key} must be {' or '.join(map(repr, fixed[key])) or 'null'}; found {reprlib.repr(value)}"
+        for key, value in given.items()
+    ]
 
-    heads, width = take("num_attention_heads", int), take("hidden_size", int)
-    head_dim = take("head_dim", int, width // max(heads, 1))
-    theta, scaling = _rope(values, take("max_position_embeddings", int, 2048))
-    return Model(
-        vocab_size=take("vocab_size", int),
-        n_layer=take("num_hidden_layers", int),
-        d_model=width,
-        n_head=heads,
-        n_kv_head=take("num_key_value_heads", int, heads),
-        d_ff=take("intermediate_size", int),
-        d_head=None if head_dim * heads == width else head_dim,
-        seq_len=take("max_position_embeddings", int, 2048),
-        norm_eps=take("rms_norm_eps", float, 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_embeddings=take("tie_word_embeddings", bool, False),
-        init="normal",
-        init_std=take("initializer_range", float, 0.02) or 0.02,
-    )
+
+def take(values: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """`values[key]` as int, float or bool; `default` for absent and null. Raises ConfigError for another type."""
+    value = values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+        words = {int: "a whole number", float: "a number", bool: "true or false"}
+        raise ConfigError(f"{key} must be {words[kind]}; found {reprlib.repr(value)}")
+    return kind(value)
+
+
+def _model(values: dict[str, Any]) -> Model:
+    given = {"num_key_value_heads": values["num_attention_heads"]} | {k: v for k, v in values.items() if v is not None}
+    fields = {ours: take(given, *theirs) for ours, theirs in _FIELDS.items()}
+    fields["init_std"] = fields["init_std"] or 0.02
+    size = take(given, "head_dim", int, fields["d_model"] // max(fields["n_head"], 1))
+    theta, scaling = _rope(given, fields["seq_len"])
+    d_head = None if size * fields["n_head"] == fields["d_model"] else size
+    return Model(**fields, d_head=d_head, rope_theta=theta, rope_scaling=scaling, init="normal")
 
 
 def _rope(values: dict[str, Any], seq_len: int) -> tuple[float, RopeScaling | None]:
@@ -168,23 +168,17 @@ def _rope(values: dict[str, Any], seq_len: int) -> tuple[float, RopeScaling | No
     if kind not in _ROPE_NEEDS:
         raise ConfigError(f"rope_scaling.rope_type must be default, linear or llama3; found {kind!r}")
     for key, value in rope.items():
-        is_whole = key == "partial_rotary_factor" and value in _FIXED[key]
-        if key not in _ROPE_READ and value is not None and not is_whole:
+        rotates_all = key == "partial_rotary_factor" and value in _FIXED[key]
+        if key not in _ROPE_READ and value is not None and not rotates_all:
             raise ConfigError(f"rope_scaling.{key} = {value!r} is unknown and may change the model")
     missing = [key for key in _ROPE_NEEDS[kind] if rope.get(key) is None]
     if missing:
         raise ConfigError(f"rope_scaling of type {kind} must give {', '.join(missing)}; found none")
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(rope_type="linear", factor=float(rope["factor"]))
-    return theta, RopeScaling(
-        rope_type="llama3",
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_seq_len=int(rope.get("original_max_position_embeddings") or seq_len),
-    )
+    factors = {key: float(rope[key]) for key in _ROPE_NEEDS[kind]}
+    original = {"original_seq_len": int(rope.get(_ORIGINAL) or seq_len)} if kind == "llama3" else {}
+    return theta, RopeScaling(rope_type=kind, **factors, **original)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 The hash of a checkpoint, of the model loaded from it in its own dtype, and of the model that was saved to it are equal.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable
@@ -26,7 +24,7 @@ def weight_hash(opened: Weights) -> str:
 
 
 def model_weight_hash(model: Llama) -> str:
-    """The hash of a model in memory, on any device. Its parameters must be whole, not sliced over ranks."""
+    """The hash of a model in memory, on any device. Its parameters must not be sliced over ranks."""
     return hash_tensors(sorted(to_huggingface(dict(model.named_parameters()), model.config).items()))
 
 

@@ -11,8 +11,6 @@ Two dialects of one layout, recognized by their names:
 `attn.qkv` has all q, then all k, then all v. (jzhang38/TinyLlama:lit_gpt/model.py; Lightning-AI/litgpt:litgpt/model.py)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,13 +80,9 @@ def open_checkpoint(path: str | Path, model: Model | None = None) -> Weights:
         )
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     model = model or find_config(file, value if wrapped else {}, shapes)
-    return Weights(_tied(model, tensors), _rename(tensors, model), str(file))
-
-
-def _tied(model: Model, tensors: dict[str, LazyTensor]) -> Model:
-    """The configuration with `tie_embeddings` as the file has it: head and embedding are the same bytes, or not."""
     embed, head = tensors["transformer.wte.weight"], tensors.get("lm_head.weight")
-    return replace(model, tie_embeddings=head is None or head.storage == embed.storage)
+    tied = head is None or head.storage == embed.storage  # the file says whether they are the same bytes
+    return Weights(replace(model, tie_embeddings=tied), _rename(tensors, model), str(file))
 
 
 def _rename(tensors: dict[str, LazyTensor], model: Model) -> dict[str, LazyTensor]:
@@ -173,17 +167,7 @@ def save_pth(model: Llama, path: str | Path, dialect: Dialect = "tinyllama") -> 
     """
     path = Path(path)
     state: dict[str, Any] = to_litgpt(model, dialect)
-    _save(state if dialect == "litgpt" else {"model": state, "config": model_to_litgpt(model.config)}, path)
-
-
-def save_folder(model: Llama, folder: str | Path) -> None:
-    """Write what litgpt loads: `lit_model.pth` (a bare state dict) and `model_config.yaml`."""
-    folder = Path(folder)
-    save_pth(model, folder / WEIGHTS, "litgpt")
-    write_yaml(model_to_litgpt(model.config), folder / "model_config.yaml")
-
-
-def _save(value: dict[str, Any], path: Path) -> None:
+    value = state if dialect == "litgpt" else {"model": state, "config": model_to_litgpt(model.config)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
@@ -193,3 +177,10 @@ def _save(value: dict[str, Any], path: Path) -> None:
     except RuntimeError as error:  # torch's writer turns a failed write into its own error
         cause = error.__context__
         raise disk_error(path, cause if isinstance(cause, OSError) else OSError(str(error))) from error
+
+
+def save_folder(model: Llama, folder: str | Path) -> None:
+    """Write what litgpt loads: `lit_model.pth` (a bare state dict) and `model_config.yaml`."""
+    folder = Path(folder)
+    save_pth(model, folder / WEIGHTS, "litgpt")
+    write_yaml(model_to_litgpt(model.config), folder / "model_config.yaml")

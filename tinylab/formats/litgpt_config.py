@@ -1,9 +1,6 @@
 """lit-gpt's model configuration, both ways: `model_config.yaml`, `lit_config.json`, or TinyLlama's known shapes."""
 
-from __future__ import annotations
-
 import json
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 from tinylab.config.architecture import Model, RopeScaling
 from tinylab.config.presets import tinyllama_1b, tinyllama_120m
 from tinylab.errors import CheckpointError, ConfigError
-from tinylab.formats.huggingface_config import model_from_config, read_object
+from tinylab.formats.huggingface_config import misfits, model_from_config, read_object, scaling_values, take
 from tinylab.runs.durable import write_atomic
 
 KNOWN = {"tiny_LLaMA_1b": tinyllama_1b().model, "tiny_LLaMA_120M": tinyllama_120m().model}
@@ -37,10 +34,19 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "n_expert": (0,),
 }
 """Keys that must have one of these values, or be null or absent: everything else would be another model."""
-_LLAMA3 = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")} | {
-    "original_max_seq_len": "original_seq_len"
+_FIELDS = {
+    "d_model": "n_embd",
+    "vocab_size": "padded_vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_kv_head": "n_query_groups",
+    "d_ff": "intermediate_size",
+    "seq_len": "block_size",
 }
-"""`rope_adjustments` of Llama 3's kind, and our names."""
+"""Our counts, and litgpt's names."""
+_ORIGINAL = "original_max_seq_len"
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)
+"""What `rope_adjustments` of Llama 3's kind give."""
 _DEFAULTS = {
     ("norm_class_name", "_norm_class"): "LayerNorm",
     ("mlp_class_name", "_mlp_class"): "GptNeoxMLP",
@@ -51,7 +57,8 @@ _DEFAULTS = {
 
 
 def find_config(file: Path, archive: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Model:
-    """The configuration of a `.pth`: in it, beside it, or that of a TinyLlama model it names or exactly looks like.
+    """The configuration of a `.pth`: in it, beside it, or that of the TinyLlama model that it names
+    or whose shapes it has.
 
     Raises CheckpointError when none is found: the head size does not follow from the weights.
     """
@@ -84,45 +91,27 @@ def find_config(file: Path, archive: Mapping[str, Any], shapes: Mapping[str, tup
 
 def model_from_litgpt(values: Mapping[str, Any], where: str) -> Model:
     """The model that litgpt's Config fields describe. Raises CheckpointError naming all that is no plain Llama."""
-    problems = []
-    for key, allowed in _FIXED.items():
-        if values.get(key) is not None and values[key] not in allowed:
-            wanted = " or ".join(map(repr, allowed)) or "null"
-            problems.append(f"{key} must be {wanted}; found {reprlib.repr(values[key])}")
+    problems = misfits(values, _FIXED)
     for names, default in _DEFAULTS.items():
         if not any(name in values for name in names):
             problems.append(f"{names[0]} must be given; litgpt's default is {default}")
-    heads = values.get("n_head")
     try:
-        width = _count(values, "n_embd")
-        size = _count(values, "head_size", width // _count(values, "n_head"))
+        given = {"n_query_groups": values.get("n_head")} | {k: v for k, v in values.items() if v is not None}
+        counts = {ours: take(given, theirs, int) for ours, theirs in _FIELDS.items()}
+        size = take(given, "head_size", int, counts["d_model"] // counts["n_head"])
         if values.get("attention_scores_scalar") not in (None, size):
             problems.append(f"attention_scores_scalar must be null or the head size {size}")
         if problems:
             raise CheckpointError(f"{where} must describe a Llama that tinylab computes exactly: {'; '.join(problems)}")
         return Model(
-            vocab_size=_count(values, "padded_vocab_size"),
-            n_layer=_count(values, "n_layer"),
-            d_model=width,
-            n_head=_count(values, "n_head"),
-            n_kv_head=_count(values, "n_query_groups", heads),
-            d_ff=_count(values, "intermediate_size"),
-            d_head=None if size * values["n_head"] == width else size,
-            seq_len=_count(values, "block_size"),
+            **counts,
+            d_head=None if size * counts["n_head"] == counts["d_model"] else size,
             norm_eps=float(values.get("norm_eps", 1e-5)),
             rope_theta=float(values.get("rope_base", 10_000)),
             rope_scaling=_scaling(values),
         )
     except (ConfigError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{where} must hold litgpt's model configuration; found a problem: {error}") from error
-
-
-def _count(values: Mapping[str, Any], key: str, default: Any = None) -> int:
-    value = values.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} must be a whole number; found {reprlib.repr(value)}")
-    return value
 
 
 def _scaling(values: Mapping[str, Any]) -> RopeScaling | None:
@@ -137,28 +126,17 @@ def _scaling(values: Mapping[str, Any]) -> RopeScaling | None:
         return RopeScaling(rope_type="linear", factor=float(changed["factor"]))
     if set(changed) != set(_LLAMA3):
         raise ValueError(f"rope_adjustments must be linear or Llama 3's; found {', '.join(map(str, changed))}")
-    factors = {ours: float(changed[theirs]) for theirs, ours in _LLAMA3.items() if ours != "original_seq_len"}
-    return RopeScaling(rope_type="llama3", **factors, original_seq_len=int(changed["original_max_seq_len"]))
+    factors = {key: float(changed[key]) for key in _LLAMA3[:3]}
+    return RopeScaling(rope_type="llama3", **factors, original_seq_len=int(changed[_ORIGINAL]))
 
 
 def model_to_litgpt(model: Model) -> dict[str, Any]:
     """litgpt's Config fields of a model, plain values only; `Config(**fields)` builds it."""
-    scaling, adjustments = model.rope_scaling, None
-    if scaling is not None and scaling.rope_type == "llama3":
-        adjustments = {theirs: getattr(scaling, ours) for theirs, ours in _LLAMA3.items()}
-    elif scaling is not None:
-        adjustments = {"factor": scaling.factor}
     return {
         "name": "tinylab",
-        "block_size": model.seq_len,
         "vocab_size": model.vocab_size,
-        "padded_vocab_size": model.vocab_size,
-        "n_layer": model.n_layer,
-        "n_head": model.n_head,
+        **{theirs: getattr(model, ours) for ours, theirs in _FIELDS.items()},
         "head_size": model.head_size,
-        "n_embd": model.d_model,
-        "n_query_groups": model.n_kv_head,
-        "intermediate_size": model.d_ff,
         "rotary_percentage": 1.0,
         "parallel_residual": False,
         "bias": False,
@@ -167,7 +145,7 @@ def model_to_litgpt(model: Model) -> dict[str, Any]:
         "mlp_class_name": "LLaMAMLP",
         "rope_base": int(model.rope_theta) if model.rope_theta.is_integer() else model.rope_theta,
         "rope_condense_ratio": 1,
-        "rope_adjustments": adjustments,
+        "rope_adjustments": scaling_values(model.rope_scaling, _ORIGINAL) if model.rope_scaling else None,
     }
 
 

@@ -5,8 +5,6 @@ RMSNorm's epsilon (1e-5) and the rotary base (10,000) are constants of the forma
 Source: karpathy/llama2.c:export.py, run.c.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import struct
@@ -25,6 +23,7 @@ MAGIC = 0x616B3432
 _V1_HEADER_BYTES = 256
 _MAX_LAYERS = 10_000
 _PARAMS = struct.Struct("<7i")
+_SIZES = ("d_model", "d_ff", "n_layer", "n_head", "n_kv_head", "vocab_size", "seq_len")
 _KINDS = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -82,25 +81,15 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[int, int, Model]:
         raise CheckpointError(
             f"{path} must be llama2.c version 0 or 1 (fp32); found version {version}. Export it again with --version 1"
         )
-    d_model, d_ff, n_layer, n_head, n_kv_head, vocab_size, seq_len = _PARAMS.unpack_from(header, at)
-    shared = vocab_size > 0 if version == 0 else header[at + _PARAMS.size] == 1
-    counts = (d_model, d_ff, n_layer, n_head, n_kv_head, abs(vocab_size), seq_len)
+    sizes = dict(zip(_SIZES, _PARAMS.unpack_from(header, at), strict=True))
+    shared = sizes["vocab_size"] > 0 if version == 0 else header[at + _PARAMS.size] == 1
+    sizes["vocab_size"] = abs(sizes["vocab_size"])
+    counts = list(sizes.values())
     # Each count but seq_len is a side of a stored tensor.
-    if min(counts) < 1 or n_layer > _MAX_LAYERS or max(counts[:-1]) * 4 > size:
-        raise CheckpointError(f"{path} must begin with a llama2.c header; found the sizes {list(counts)}")
+    if min(counts) < 1 or sizes["n_layer"] > _MAX_LAYERS or max(counts[:-1]) * 4 > size:
+        raise CheckpointError(f"{path} must begin with a llama2.c header; found the sizes {counts}")
     try:
-        model = Model(
-            vocab_size=abs(vocab_size),
-            n_layer=n_layer,
-            d_model=d_model,
-            n_head=n_head,
-            n_kv_head=n_kv_head,
-            d_ff=d_ff,
-            seq_len=seq_len,
-            norm_eps=1e-5,
-            rope_theta=10_000.0,
-            tie_embeddings=shared,
-        )
+        model = Model(**sizes, norm_eps=1e-5, rope_theta=10_000.0, tie_embeddings=shared)
     except ConfigError as error:
         raise CheckpointError(f"{path} must begin with a llama2.c header; found a wrong one: {error}") from error
     return version, start, model

@@ -6,8 +6,6 @@ where SentencePiece writes U+2581. Merges go by falling score, leftmost first, i
 character in place of `<0x0A>`. Source: karpathy/llama2.c:tokenizer.py (export), run.c (encode).
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 
@@ -54,7 +52,6 @@ def read_tokenizer(path: Path, vocab_size: int) -> SentencePieceModel:
 
 
 def _entries(path: Path) -> list[tuple[str, float]]:
-    """Text and score of every id."""
     entries: list[tuple[str, float]] = []
     try:
         if path.stat().st_size > MAX_BYTES:

@@ -1,7 +1,5 @@
 """Any checkpoint on this disk, opened or loaded: Hugging Face folders (safetensors or `.bin`), lit-gpt, llama2.c."""
 
-from __future__ import annotations
-
 import gc
 import math
 from collections.abc import Iterator

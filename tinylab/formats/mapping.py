@@ -3,8 +3,6 @@
 Pages come from the file when they are touched, and a page that is written to becomes the process's own.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import mmap
@@ -44,16 +42,13 @@ def map_parts(path: Path, parts: Sequence[tuple[int, int]]) -> memoryview | None
             head = min(-position % page, size)
             # The pages first: the part before may end inside the page that `head` completes.
             if size > head:
-                _lay(base + position + head, size - head, file.fileno(), start + head)
+                place, flags = base + position + head, mmap.MAP_PRIVATE | _FIXED
+                access = mmap.PROT_READ | mmap.PROT_WRITE
+                if _system_mmap()(place, size - head, access, flags, file.fileno(), start + head) in (None, _FAILED):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
             area[position : position + head] = os.pread(file.fileno(), head, start)
             position += size
     return memoryview(area)[lead:position]
-
-
-def _lay(address: int, size: int, descriptor: int, offset: int) -> None:
-    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _FIXED
-    if _system_mmap()(address, size, protection, flags, descriptor, offset) in (None, _FAILED):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @functools.cache

@@ -88,15 +88,12 @@ class Weights:
     def _check_tie(self, head: LazyTensor, embed: LazyTensor) -> None:
         if head.storage is not None and head.storage == embed.storage:
             return
-        if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not torch.equal(*map(_bytes, (head, embed))):
+        same = (head.shape, head.dtype) == (embed.shape, embed.dtype)
+        if not same or not torch.equal(*(t.load().contiguous().flatten().view(torch.uint8) for t in (head, embed))):
             raise CheckpointError(
                 f"{self.origin}: the configuration ties the embeddings, so lm_head.weight must equal "
                 "model.embed_tokens.weight; they differ. Untie them in the configuration, or remove lm_head.weight"
             )
-
-
-def _bytes(tensor: LazyTensor) -> Tensor:
-    return tensor.load().contiguous().flatten().view(torch.uint8)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

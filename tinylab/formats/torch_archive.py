@@ -4,8 +4,6 @@ An archive must be as torch.save writes it: one top folder with `data.pkl` and s
 uncompressed, inside the file and overlapping no other. Reading one therefore never takes more memory than its file.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os
@@ -104,7 +102,11 @@ class TorchArchive:
         raw = torch.empty(count, dtype=torch.uint8)
         read_values(self.path, member.start + offset, raw)
         if name not in self._verified:
-            crc = zlib.crc32(raw.numpy().data) if count == member.size else self._crc(member)
+            crc = zlib.crc32(raw.numpy().data) if count == member.size else 0
+            block = torch.empty(_CHUNK, dtype=torch.uint8)
+            for at in range(0, member.size if count < member.size else 0, _CHUNK):
+                read_values(self.path, member.start + at, part := block[: member.size - at])
+                crc = zlib.crc32(part.numpy().data, crc)
             if crc != member.crc:
                 raise CheckpointError(
                     f"{self.path}: {name} must have the CRC-32 {member.crc:08x}; found {crc:08x}: it is damaged, copy "
@@ -112,14 +114,6 @@ class TorchArchive:
                 )
         self._verified.add(name)
         return raw
-
-    def _crc(self, member: _Member) -> int:
-        crc, block = 0, torch.empty(_CHUNK, dtype=torch.uint8)
-        for at in range(0, member.size, _CHUNK):
-            part = block[: member.size - at]
-            read_values(self.path, member.start + at, part)
-            crc = zlib.crc32(part.numpy().data, crc)
-        return crc
 
 
 def _read_directory(path: Path) -> dict[str, _Member]:
@@ -195,7 +189,6 @@ def _data_start(path: Path, file: io.FileIO, info: zipfile.ZipInfo) -> int:
 
 
 def _what_else(path: Path, magic: bytes) -> str:
-    """The message about a file that is no zip archive."""
     if magic[:1] == b"\x80":
         return (
             f"{path} must be a zip archive as torch.save writes since 1.6; found a bare pickle, which can run any "

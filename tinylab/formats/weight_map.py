@@ -1,7 +1,5 @@
 """Which files hold the weights of a Hugging Face folder: the single one, or those that its weight map names."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

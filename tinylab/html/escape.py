@@ -1,7 +1,5 @@
 """The one way from a model's or a file's text into HTML: JupyterLab runs scripts in the output of its own kernel."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

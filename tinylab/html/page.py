@@ -1,7 +1,5 @@
 """One HTML page that opens offline: its style inside, nothing loaded, no script allowed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from tinylab.html.escape import escape

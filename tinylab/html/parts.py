@@ -1,7 +1,5 @@
 """Parts of a view as HTML. Each takes plain text, which it escapes; only `framed` takes HTML, that of other parts."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterable
 from typing import Protocol

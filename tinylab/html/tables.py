@@ -1,18 +1,15 @@
 """Tables as HTML: one look in notebooks, forms and reports, numbers to the right, every text escaped."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
 
 from tinylab.html.escape import escape
 from tinylab.runs.plain import to_plain
-
-if TYPE_CHECKING:
-    import pandas
 
 _BLANK = re.compile(r"\n{4,}")
 _CELL = "padding:0.15em 0.8em;text-align:{};vertical-align:top"
@@ -24,14 +21,16 @@ def table_html(
     rows: pandas.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, Any], caption: str = "", digits: int = 4
 ) -> str:
     """A table of a DataFrame (without its index), of a list of rows, or of one mapping, a key and its value a row."""
-    import pandas
-
     if isinstance(rows, Mapping):
         rows = [{"": key, "value": _value_text(value, digits)} for key, value in rows.items()]
     table = rows if isinstance(rows, pandas.DataFrame) else pandas.DataFrame(rows)  # type: ignore[arg-type]
     head = "".join(f'<th style="{_CELL.format("left")}">{escape(column)}</th>' for column in table.columns)
     body = [
-        "<tr>" + "".join(_cell(value, digits) for value in row) + "</tr>"
+        "<tr>"
+        + "".join(
+            f'<td style="{_NUMBER if _is_number(v) else _TEXT}">{escape(_value_text(v, digits))}</td>' for v in row
+        )
+        + "</tr>"
         for row in table.itertuples(index=False, name=None)
     ] or [f'<tr><td colspan="{max(1, len(table.columns))}" style="text-align:left">none</td></tr>']
     title = f'<caption style="white-space:nowrap;text-align:left;font-weight:600">{escape(caption)}</caption>'
@@ -39,10 +38,6 @@ def table_html(
         f'<table class="tinylab">{title if caption else ""}<thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>"
     )
-
-
-def _cell(value: Any, digits: int) -> str:
-    return f'<td style="{_NUMBER if _is_number(value) else _TEXT}">{escape(_value_text(value, digits))}</td>'
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,5 @@
 """Loss by token as coloured text: static, escaped, with its numbers in tooltips and tables."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tinylab.html.escape import escape
@@ -66,7 +64,6 @@ def _swatch(share: float) -> str:
 
 
 def _top(rows: Any, caption: str) -> str:
-    """The table of the tokens of `rows`; nothing for no rows."""
     shown = rows[["position", "text", "loss_a", "loss_b", "delta"]].assign(text=[repr(t) for t in rows["text"]])
     shown.columns = ["position", "token", "A (nats)", "B (nats)", "B - A (nats)"]
     return table_html(shown, caption, digits=3) if len(rows) else ""

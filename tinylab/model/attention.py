@@ -7,8 +7,6 @@ equal for tokens of one document: attention stays inside it. Only the kernels of
 dense mask made of them. Letters: B batch, T queries, S keys, H query heads, K key-value heads, D head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -142,8 +140,7 @@ def _document_blocks(documents: Tensor) -> Any:
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (documents[b, i] == documents[b, j])
 
-    batch, length = documents.shape
-    return create_block_mask(visible, batch, None, length, length, device=str(documents.device))
+    return create_block_mask(visible, len(documents), None, *[documents.shape[1]] * 2, device=str(documents.device))
 
 
 TORCH = Backend("torch", _sdpa(None), dense_mask)

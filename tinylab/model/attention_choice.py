@@ -1,7 +1,5 @@
 """Which attention backend a run uses: the one it names, or the fastest of those that give the right result here."""
 
-from __future__ import annotations
-
 import statistics
 import time
 import warnings
@@ -97,12 +95,7 @@ def choose_attention(
 
 
 def measure(
-    names: list[str],
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    documents: bool,
+    names: list[str], shape: Shape, device: torch.device, dtype: torch.dtype, *, documents: bool
 ) -> dict[str, float]:
     """Median seconds of a forward and backward pass of each backend, taken in turn.
 
@@ -114,10 +107,10 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(_WARM_UP + ROUNDS):
         for name in names:
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             _pass(BACKENDS[name], *inputs, ids)
-            _wait(device)
+            wait_for(device)
             if round_ >= _WARM_UP:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
@@ -138,6 +131,7 @@ def _pass(tried: Backend, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | N
     return out.detach(), *torch.autograd.grad(out.float().sin().sum(), (q, k, v))
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all work given to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -3,8 +3,6 @@
 Letters: B batch, T tokens, K key-value heads, S tokens of room, D head size.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

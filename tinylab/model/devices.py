@@ -1,7 +1,5 @@
 """What GPUs can do: dense bf16 peak and memory, by name (no torch)."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

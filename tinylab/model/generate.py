@@ -3,8 +3,6 @@
 Letters: B batch, T tokens, K key-value heads, S tokens of room, D head size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 
@@ -103,7 +101,6 @@ def generate(
 
 
 def _check(ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ConfigError listing every value that cannot be used."""
     problems = []
     if ids.ndim != 2 or ids.shape[1] < 1:
         problems.append(f"ids must be of shape (B, T) with T at least 1; found {tuple(ids.shape)}")

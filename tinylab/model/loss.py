@@ -5,7 +5,9 @@ Logits are made a few rows at a time and never exist all at once. Letters: N tok
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,26 +36,31 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
     return max(128, elements // vocab_size)
 
 
-class Batch(Protocol):
-    """What a micro-batch has; it need not be writable."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass reads."""
 
-    @property
-    def inputs(self) -> Tensor:
-        """(B, T) int64."""
-        raise AssertionError
+    inputs: Tensor
+    """(B, T) int64."""
+    targets: Tensor
+    """(B, T) int64; IGNORED where there is no loss, as between two documents under data.document_mask."""
+    document_ids: Tensor | None
+    """(B, T) int32, number of the token's document within its row; None where each row is one text."""
 
-    @property
-    def targets(self) -> Tensor:
-        """(B, T) int64; IGNORED where there is no loss."""
-        raise AssertionError
+    def to(self, device: torch.device) -> MicroBatch:
+        """The micro-batch on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    @property
-    def document_ids(self) -> Tensor | None:
-        """(B, T), number of the token's document within its row; None where each row is one text."""
-        raise AssertionError
+    def sequences(self) -> Iterator[MicroBatch]:
+        """The same samples, each in a micro-batch of its own."""
+        return (self._each(lambda tensor, row=row: tensor[row : row + 1]) for row in range(len(self.inputs)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        documents = self.document_ids
+        return MicroBatch(change(self.inputs), change(self.targets), None if documents is None else change(documents))
 
 
-def loss_sum(model: Llama, batch: Batch) -> Tensor:
+def loss_sum(model: Llama, batch: MicroBatch) -> Tensor:
     """Sum of the losses of a micro-batch in nats: scalar, fp32. Divide by the targets that count, not by rows."""
     hidden = model.hidden(batch.inputs, document_ids=batch.document_ids)
     return linear_cross_entropy(hidden, model.head.weight, batch.targets)

@@ -1,7 +1,5 @@
 """The number format of a step's matrix products: what it asks of the device, the model and the forward pass."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar

@@ -3,8 +3,6 @@
 Letters: B batch, T tokens, N heads of any kind, D head size.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -197,7 +197,6 @@ class Llama(nn.Module):
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self._init_std(name))
 
     def _init_std(self, name: str) -> float:
-        """Standard deviation of the initial values of the matrix called `name`."""
         config = self.config
         if config.init == "normal":
             return config.init_std

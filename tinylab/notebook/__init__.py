@@ -4,8 +4,6 @@ The names here are for cells; `tinylab.notebook.run` executes a notebook by pape
 output, signals and our exit codes. papermill itself is imported when a notebook is executed.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tinylab.notebook.pretrain import continue_run, planned

@@ -3,8 +3,6 @@
 Import papermill first: it loads this module by its entry point, through `tinylab.notebook`.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -105,7 +103,11 @@ class TinylabEngine(NBClientEngine):
         variables = {EXECUTOR_VARIABLE: "papermill", OUT_VARIABLE: out, "TINYLAB_HOME": str(home())}
         with TemporaryDirectory(prefix="tinylab-kernel-") as folder:
             if kernel_name in ("python3", "tinylab"):
-                final |= {"kernel_manager_class": InterpreterKernel, "config": _private_sockets(Path(folder))}
+                # In a folder of its own: jupyter_client looks for free ports, and for free names of sockets in the
+                # working folder, and binds them later; kernels that started at the same time would collide.
+                places = {"connection_file": f"{folder}/kernel.json", "ip": f"{folder}/socket"}
+                config = Config({InterpreterKernel.__name__: {"transport": "ipc", **places}})
+                final |= {"kernel_manager_class": InterpreterKernel, "config": config}
                 # Otherwise IPython takes a cell of one line, `run: str = "x"`, for its command %run.
                 final["extra_arguments"] = ["--InteractiveShell.automagic=False"]
             client = Client(nb_man, **final)
@@ -120,15 +122,6 @@ def register_handler() -> None:
     """Let papermill write local absolute paths through AtomicHandler."""
     if not isinstance(papermill_io.get_handler("/"), AtomicHandler):
         papermill_io.register("/", AtomicHandler())
-
-
-def _private_sockets(folder: Path) -> Config:
-    """Settings of a kernel with its sockets in `folder`, so that kernels started at the same time do not collide.
-
-    jupyter_client looks for free ports, and for free names of sockets in the working folder, and binds them later.
-    """
-    places = {"connection_file": str(folder / "kernel.json"), "ip": str(folder / "socket")}
-    return Config({InterpreterKernel.__name__: {"transport": "ipc", **places}})
 
 
 @contextmanager

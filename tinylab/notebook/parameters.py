@@ -3,8 +3,6 @@
 papermill alone injects an unknown name with a warning, and guesses types from text.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import math

@@ -1,7 +1,5 @@
 """What notebook 02 does: start a run, resume it, follow it, or show it finished, as its folder requires."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tinylab.config import presets

@@ -1,7 +1,5 @@
 """What a notebook found, as one JSON file beside its executed copy."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

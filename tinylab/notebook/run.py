@@ -1,7 +1,5 @@
 """`tinylab run`: find a notebook, check its parameters, execute it, and explain what went wrong."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -96,7 +94,6 @@ def run_notebook(
     parameters: dict[str, Any] | None = None,
     *,
     timeout: float | None = None,
-    progress: bool = False,
 ) -> Path:
     """Execute `notebook` with `parameters` and write it to `out`, a file or a folder; returns the path.
 
@@ -115,11 +112,6 @@ def run_notebook(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror}; choose another OUT") from error
-    _execute(source, target, values, timeout, progress)
-    return target
-
-
-def _execute(source: Path, target: Path, values: dict[str, Any], timeout: float | None, progress: bool) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill import execute_notebook
@@ -137,7 +129,7 @@ def _execute(source: Path, target: Path, values: dict[str, Any], timeout: float 
             values,
             engine_name="tinylab",
             kernel_name="python3",
-            progress_bar=progress,
+            progress_bar=False,
             cwd=str(Path.cwd()),
             execution_timeout=timeout,
         )
@@ -153,12 +145,14 @@ def _execute(source: Path, target: Path, values: dict[str, Any], timeout: float 
     except KeyboardInterrupt:
         if TinylabEngine.stopped_by is None:
             raise
-    if TinylabEngine.stopped_by is not None:
-        number = int(TinylabEngine.stopped_by)
-        message = f"{source.name} was stopped by signal {number} and saved in {target}; repeat the command to continue"
-        raise RunStopped(message, number)
+    if (number := TinylabEngine.stopped_by) is not None:
+        message = (
+            f"{source.name} was stopped by signal {number:d} and saved in {target}; repeat the command to continue"
+        )
+        raise RunStopped(message, int(number))
     if failure is not None:
         raise failure
+    return target
 
 
 def _cell_failure(error: Any, source: Path, target: Path) -> TinylabError:

@@ -1,7 +1,5 @@
 """Parameter files: YAML without what hides a value. `4e-4` is a number; `no`, `on` and `12:30` are text."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ No pyplot and no global state. x is tokens, both axes have units, uncertainty is
 fixed order.
 """
 
-from __future__ import annotations
-
 from tinylab.plots.comparison import flips, position_loss, score_differences, token_delta
 from tinylab.plots.corpus import document_lengths, mixture_of, token_frequencies
 from tinylab.plots.model import series_audit, shares

@@ -1,7 +1,5 @@
 """Two checkpoints: score differences with intervals, items that flipped, loss by token and by position."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

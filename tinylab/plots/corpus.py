@@ -1,7 +1,5 @@
 """What the data look like: mixture over the run, lengths of documents, frequencies of tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures of a model's cost, and of a series of checkpoints as its audit sees it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Scores over training: one panel per task, so that no scale is shared by tasks that differ."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -69,16 +67,12 @@ def score_trajectories(scores: Table | None, published: Table | None = None, ref
 
 
 def _published_rows(published: Table | None, reference: str) -> Any:
-    """The published rows of the wanted family, with the column `family`."""
     if published is None or not len(published):
         return ()
     table = published[published["low"].notna()].copy()
-    table["family"] = [_family(label) for label in table["label"]]
+    keys = ["pythia" if n.startswith("Pythia") else n if n.startswith("v1.1") else "v1.0" for n in table["label"]]
+    table["family"] = [FAMILIES.get(key) for key in keys]
     return table[table["family"].isin(REFERENCES[reference])]
-
-
-def _family(label: str) -> str | None:
-    return FAMILIES.get("pythia" if label.startswith("Pythia") else label if label.startswith("v1.1") else "v1.0")
 
 
 def _own_panel(ax: Any, rows: Table, task: str) -> None:

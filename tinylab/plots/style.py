@@ -1,7 +1,5 @@
 """The look of every figure: palette, axes in tokens, labels at the ends of curves, stage marks, captions."""
 
-from __future__ import annotations
-
 import base64
 import io
 import textwrap

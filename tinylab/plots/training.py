@@ -1,7 +1,5 @@
 """What happened while training: loss, validation, learning rate, gradient norm, speed and memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +54,6 @@ class _Series:
 
 
 def _series(runs: Sequence[Any]) -> list[_Series]:
-    """One series for each Run or (label, DataFrame) pair."""
     found = []
     for i, run in enumerate(runs):
         label, metrics, config = (*run, None) if isinstance(run, tuple) else (run.name, run.metrics(), run.config)

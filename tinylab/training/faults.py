@@ -15,11 +15,11 @@ import torch
 
 from tinylab.checkpoint.state import TrainState
 from tinylab.config.faults import Faults
-from tinylab.data.loader import MicroBatch
 from tinylab.data.order import format_hash
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import reshard
 from tinylab.errors import TinylabError
+from tinylab.model.loss import MicroBatch
 from tinylab.model.precision import Precision
 from tinylab.training.job import Job
 from tinylab.training.step import StepResult, require_finite

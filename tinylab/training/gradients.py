@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tinylab.checkpoint.state import TrainState
-from tinylab.data.loader import MicroBatch
 from tinylab.dist.canonical import CanonicalGradients
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import average_gradients, exchange_only_after_last, whole_tensor
+from tinylab.model.loss import MicroBatch
 from tinylab.model.precision import Precision
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from tinylab.checkpoint.state import TrainState
-from tinylab.data.loader import MicroBatch, StepBatch
+from tinylab.data.loader import StepBatch
 from tinylab.dist.context import Context
 from tinylab.errors import TinylabError
-from tinylab.model.loss import IGNORED
+from tinylab.model.loss import IGNORED, MicroBatch
 from tinylab.model.precision import Precision
 from tinylab.training.gradients import sum_gradients
 from tinylab.training.stop import REASONS

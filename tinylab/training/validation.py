@@ -9,13 +9,13 @@ from functools import cached_property
 import torch
 
 from tinylab.config.schema import RunConfig
-from tinylab.data.loader import MicroBatch, validation_batches, validation_windows
+from tinylab.data.loader import validation_batches, validation_windows
 from tinylab.data.shards.reader import ShardSet
 from tinylab.data.tokenizer.load import load_tokenizer_file
 from tinylab.dist.context import Context
 from tinylab.dist.parallel import reshard
 from tinylab.errors import TinylabError
-from tinylab.model.loss import IGNORED, token_losses
+from tinylab.model.loss import IGNORED, MicroBatch, token_losses
 from tinylab.model.precision import Precision
 from tinylab.model.transformer import Llama
 

@@ -1,7 +1,5 @@
 """Live views: forms over plain functions. Each has `.static()`, the same numbers as HTML that needs no frontend."""
 
-from __future__ import annotations
-
 from tinylab.widgets.comparison import ComparisonView, compare_view
 from tinylab.widgets.comparison_form import CompareCheckpoints
 from tinylab.widgets.monitor import Monitor

@@ -1,7 +1,5 @@
 """The analysis of a pair of checkpoints with its figures and its HTML, for the form and for a notebook cell."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

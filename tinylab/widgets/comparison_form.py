@@ -1,7 +1,5 @@
 """A form over `compare_view`: choose two checkpoints, a text and prompts; results and errors appear below."""
 
-from __future__ import annotations
-
 import os
 import re
 import threading
@@ -90,7 +88,6 @@ class CompareCheckpoints:
         self._thread.start()
 
     def _question(self) -> tuple[str, str, dict[str, Any]]:
-        """What the form asks for now, read in the kernel's own thread."""
         lines = filter(None, self.prompts.value.split("\n"))
         prompts = [re.sub(r"\\([\\n])", lambda found: "\n" if found[1] == "n" else "\\", line) for line in lines]
         settings = {"text": self.text.value, "prompts": prompts, "max_new_tokens": self.length.value}

@@ -6,6 +6,8 @@ import threading
 import time
 from typing import Any
 
+import pandas
+
 from tinylab.config.counts import format_count, format_duration
 from tinylab.html import parts
 from tinylab.html.tables import table_html
@@ -69,8 +71,6 @@ class Monitor:
 
     def static(self) -> Html:
         """Table and loss curve as they are now, as HTML with the figure in it."""
-        import pandas
-
         rows, records = self.summary(), self.read()
         html = table_html(rows, f"Run {self.run.name}")
         if len(records) > 1:

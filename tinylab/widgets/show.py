@@ -1,7 +1,5 @@
 """What a notebook cell shows and keeps: HTML, tables, and a widget beside its static twin."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tinylab.html.tables import table_html

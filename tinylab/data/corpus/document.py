@@ -1,7 +1,5 @@
 """What every source yields, and the names under which rows hold their text."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ the whole environment; a file is read only when its documents are requested. tin
 test folders are left out.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import gc
@@ -147,7 +145,6 @@ def _read(unit: _Unit, skipped: Counter[str]) -> str:
 
 
 def _descriptions(skipped: Counter[str]) -> Iterator[_Unit]:
-    """The long descriptions of the installed packages: the bodies of their METADATA."""
     for distribution in importlib.metadata.distributions():
         try:
             text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""

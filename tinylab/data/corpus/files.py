@@ -1,7 +1,5 @@
 """The `files` corpus: text, JSON lines (plain, gzip, Zstandard) and Parquet. A new format is an entry of `_READERS`."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """The `hf` corpus: a data set on the Hugging Face Hub or in a local folder, streamed; none of its code is run."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

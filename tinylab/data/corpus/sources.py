@@ -4,8 +4,6 @@ A corpus is an iterator of documents in an order that depends on names alone, ne
 It reads lazily: a consumer that stops early causes nothing further to be opened.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 

@@ -9,8 +9,6 @@
 A source's stream is the concatenation of its shards. No padding is stored; documents never cross a shard, samples may.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

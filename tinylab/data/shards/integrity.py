@@ -4,8 +4,6 @@ At the start: the manifest's own digest, and the presence and size of every file
 SHA-256. On demand (`tinylab verify`): every file, and nothing beside them.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Documents to token shards, in the format of format.py."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -35,7 +33,7 @@ class ShardWriter:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocab_size:
             raise DataError(
-                f"document {origin}: token ids must lie between 0 and {self.vocab_size - 1}; found {low} to {high}. "
+                f"document {origin}: token ids must be between 0 and {self.vocab_size - 1}; found {low} to {high}. "
                 "The tokenizer and the vocabulary size do not belong together"
             )
         if self._documents and self._tokens + len(ids) > self.shard_tokens:

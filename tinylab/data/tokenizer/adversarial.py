@@ -1,7 +1,5 @@
 """Texts on which tokenizers that look alike differ: what every engine is compared on before it is used."""
 
-from __future__ import annotations
-
 _CODE = """class Reader:
     def __init__(self, path, *, size=4096):
         self.path = path

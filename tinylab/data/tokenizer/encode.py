@@ -97,7 +97,8 @@ class Tokenizer:
         settings["clean_up_tokenization_spaces"] = False
         for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if i is not None:
-                settings[name] = self._piece(i)
+                tokens = self._tokenizers
+                settings[name] = tokens.id_to_token(i) if tokens else self._sentencepiece.id_to_piece(i)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self._json is not None:
@@ -139,7 +140,6 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, backend={self.backend!r}, hash={self.hash[:12]!r})"
 
     def _start(self) -> None:
-        """Build the engines from the files' contents."""
         self._lock = threading.Lock()
         self._gigatoken: Any = None
         self._tokenizers = None if self._json is None else _tokenizers_from(self._json)
@@ -158,7 +158,6 @@ class Tokenizer:
                 ) from error
 
     def _engine(self, name: str) -> Callable[[Sequence[str]], list[list[int]]]:
-        """The encoder of a batch by engine `name`."""
         if name == "sentencepiece":
             return lambda texts: self._sentencepiece.encode(list(texts))
         if name == "tokenizers":
@@ -172,7 +171,10 @@ class Tokenizer:
             if self._gigatoken is None:
                 import gigatoken
 
-                self._gigatoken = gigatoken.Tokenizer.from_json(_without_special(self._json or ""))
+                data = _parts(self._json or "")  # special tokens stay entries, but are not searched for in a text
+                data["added_tokens"] = [a for a in data["added_tokens"] if not a["special"]]
+                text = json.dumps({**data, "post_processor": None}, ensure_ascii=False)
+                self._gigatoken = gigatoken.Tokenizer.from_json(text)
             return self._gigatoken.encode_batch_list(list(texts))
 
     def _read_vocabulary(self) -> None:
@@ -200,9 +202,6 @@ class Tokenizer:
             content.append([hashlib.sha256(v).hexdigest() for n, v in model.rest if n == 3])
             self.hash = _digest(content)
 
-    def _piece(self, i: int) -> str:
-        return self._sentencepiece.id_to_piece(i) if self._tokenizers is None else self._tokenizers.id_to_token(i)
-
 
 def _tokenizers_from(text: str) -> Any:
     import tokenizers
@@ -223,14 +222,6 @@ def _parts(text: str) -> dict[str, Any]:
     if "merges" in data["model"]:
         data["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
     return data
-
-
-def _without_special(text: str) -> str:
-    """tokenizer.json for encoding text alone: special tokens stay entries but are not searched for."""
-    data = _parts(text)
-    data["added_tokens"] = [a for a in data["added_tokens"] if not a["special"]]
-    data["post_processor"] = None
-    return json.dumps(data, ensure_ascii=False)
 
 
 def _special(vocabulary: dict[str, int], setting: Any, names: Sequence[str]) -> int | None:

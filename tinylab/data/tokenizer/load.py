@@ -4,8 +4,6 @@ Every load is compared with SentencePiece where there is a `tokenizer.model`, be
 transformers' conversion of Llama's file decodes to the right text and has other ids on most source files.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
