@@ -125,16 +125,18 @@ def rounding_limit(config: Model, dtype: torch.dtype) -> float:
 
 
 def _require_finite(source: Path, target: Path, model: Llama, original: Tensor, cast: Tensor) -> None:
-    dtype = model.head.weight.dtype
-    name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-    reasons = {
-        source: "Its weights are damaged or diverged: convert an earlier checkpoint",
-        target: f"In {name}, values exceed the largest of this dtype, {largest:g}: take bf16 or fp32",
-    }
-    for (place, reason), logits in zip(reasons.items(), (original, cast), strict=True):
-        share = float(logits.isfinite().double().mean())
-        if share < 1:
-            raise CheckpointError(f"{place} must give finite logits; {share:.2%} of them are finite. {reason}")
+    given, kept = (float(logits.isfinite().double().mean()) for logits in (original, cast))
+    if given < 1:
+        raise CheckpointError(
+            f"{source} must give finite logits; {given:.2%} of them are finite. Its weights are damaged or diverged: "
+            "convert an earlier checkpoint"
+        )
+    if kept < 1:
+        dtype = model.head.weight.dtype
+        raise CheckpointError(
+            f"{target} must give finite logits; in {str(dtype).removeprefix('torch.')} {kept:.2%} of them are finite, "
+            f"in the source all. Values exceed the largest of this dtype, {torch.finfo(dtype).max:g}: take bf16 or fp32"
+        )
 
 
 def _format(target: Path, format: Format | None) -> Format:
