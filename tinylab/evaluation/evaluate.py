@@ -50,7 +50,7 @@ def evaluate(
     built: dict[Path | None, list[EvaluationTask]] = {}
     for reference in _references(ref, all_checkpoints):
         if all_checkpoints and not reference.path.exists():
-            say(progress, f"note: left out: {reference.label} has been removed by its run's retention")
+            say(progress, f"note: left out: {reference.label} was removed meanwhile by its run's retention")
             continue
         for note in reference.notes:
             say(progress, f"note: {note}")
