@@ -14,9 +14,13 @@ EXIT_NOTHING_FOUND = 3
 
 
 class TinylabError(Exception):
-    """Base of every error that a user can mend; the command line prints its message alone."""
+    """Base of every error that a user can mend; the command line and a notebook's cell print its message alone."""
 
     exit_code = EXIT_FAILED
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: what a cell shows in place of a traceback."""
+        return [str(self)]
 
 
 class ConfigError(TinylabError):

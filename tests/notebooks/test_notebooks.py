@@ -144,10 +144,16 @@ def test_02_starts_then_shows_finished_and_prepares_nothing_twice(lab: Path, tmp
 
 
 def test_02_refuses_an_unknown_mode_and_a_run_that_nobody_started(lab: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="mode must be one of auto, process, watch; found 'torch'"):
+    with pytest.raises(
+        ConfigError, match="mode must be one of auto, process, torchrun, slurm, watch, stop; found 'torch'"
+    ):
         execute("02_pretrain", tmp_path / "out", run="new", mode="torch")
     with pytest.raises(NothingFoundError, match="must hold a run"):
         execute("02_pretrain", tmp_path / "out", run="new", mode="watch")
+    errors = [o for c in nbformat.read(tmp_path / "out" / "02_pretrain.ipynb", 4).cells for o in c.get("outputs", [])]
+    assert [o.traceback for o in errors if o.output_type == "error"] == [
+        [f"{Run('new').path} must hold a run (config.toml); found none. Start one: tinylab train {Run('new').path}"]
+    ], "one sentence and no traceback"
 
 
 def test_the_views_open_by_default_on_what_make_demo_leaves():

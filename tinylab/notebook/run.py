@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,9 @@ def _cell_failure(error: Any, source: Path, target: Path) -> TinylabError:
     """The error for a cell that raised: of its own kind if that is tinylab's, else a NotebookError."""
     kind = getattr(errors, error.ename, None)
     message = _ANSI.sub("", str(error.evalue))
-    if isinstance(kind, type) and issubclass(kind, TinylabError) and kind is not RunStopped:
+    if kind is RunStopped:
+        return RunStopped(message, signal.SIGTERM)
+    if isinstance(kind, type) and issubclass(kind, TinylabError):
         return kind(message)
     return NotebookError(
         f"{source.name}: every cell must end without an error; cell [{error.exec_count}] raised "
