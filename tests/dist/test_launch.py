@@ -221,6 +221,7 @@ REATTACH += "try: h.attach(r.append, timeout=0.1)\nexcept tinylab.errors.LaunchE
 
 
 @pytest.mark.filterwarnings("ignore:Parent appears to have exited:RuntimeWarning")
+@pytest.mark.goal("R12")
 def test_a_run_survives_whatever_happens_to_the_kernel_that_launched_it(
     run: Run, prepared: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -46,7 +46,7 @@ class Trainer:
         self._configs = 0
 
     def go(self, run: Path, config: RunConfig | None = None, failpoint: str = "", **request: Any) -> Ended:
-        """Train `config` in folder `run`: `ranks=n`, `kill=(signal, seconds)`, `kill_in_save=(n, seconds after the
+        """Train `config` in folder `run`: `ranks=n`, `kill=(signal, seconds[, rank])`, `kill_in_save=(n, seconds after the
         folder of the n-th save of these processes appeared)`, `signal_at=(step, signal)`, `file_bytes=n`."""
         self._configs += 1
         toml = self.folder / f"config{self._configs}.toml"
@@ -135,16 +135,27 @@ def assert_nothing_lost() -> Any:
     return _assert_nothing_lost
 
 
-def _assert_nothing_lost(expected: Run, found: Run) -> None:
+@pytest.fixture(scope="session")
+def assert_same_end() -> Any:
+    """The check that a run that was stopped on the way, where it commits, ends as one that was not."""
+    return _assert_same_end
+
+
+def _assert_same_end(expected: Run, found: Run) -> None:
     wanted, records = expected.metric_records(), found.metric_records()
     keys = ("step", "tokens", "loss", "lr", "grad_norm", "stage", "data_hash", "validation_loss", "bits_per_byte")
     assert [_row(r, keys) for r in records] == [_row(r, keys) for r in wanted]
+    assert _digests(found.checkpoints()[-1]) == _digests(expected.checkpoints()[-1])
+    assert not list(found.checkpoints_path.glob(".*")) and not list(found.path.glob(".*.tmp"))
+    assert found.status()["state"] == "done" and found.journal()[-1]["event"] == "done"
+
+
+def _assert_nothing_lost(expected: Run, found: Run) -> None:
+    _assert_same_end(expected, found)
     assert [p.name for p in found.checkpoints()] == [p.name for p in expected.checkpoints()]
     for ours, theirs in zip(found.checkpoints(), expected.checkpoints(), strict=True):
         assert _digests(ours) == _digests(theirs)
     assert {p.name for p in found.checkpoints_path.iterdir()} == {p.name for p in found.checkpoints()}
-    assert not list(found.path.glob(".*.tmp"))
-    assert found.status()["state"] == "done"
     journal = found.journal()
     committed = 0
     for line in journal:
@@ -154,7 +165,6 @@ def _assert_nothing_lost(expected: Run, found: Run) -> None:
             assert line["step"] >= committed
     lines = [line["step"] for line in journal if line["event"] == "committed"]
     assert set(lines) == {line["step"] for line in expected.journal() if line["event"] == "committed"}
-    assert journal[-1]["event"] == "done"
 
 
 def _row(record: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:

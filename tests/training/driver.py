@@ -171,8 +171,8 @@ def start(request: dict, stderr: int) -> list[int]:
 
 
 def wait(pids: list[int], request: dict) -> int:
-    """The first exit code that is not 0, after a signal to all at its time if one is asked for."""
-    number, after = request.get("kill") or (0, 0.0)
+    """The first exit code that is not 0, after a signal to all (or to one rank) at its time if one is asked for."""
+    number, after, *one = request.get("kill") or (0, 0.0)
     deadline = time.monotonic() + (after if number else 120.0)
     codes: dict[int, int] = {}
     checkpoints, saves = Path(request["run"], "checkpoints"), set()
@@ -189,8 +189,9 @@ def wait(pids: list[int], request: dict) -> int:
                 if codes[pid] and len(pids) > 1:  # as torchrun does
                     deadline = min(deadline, time.monotonic() + 5.0)
         if time.monotonic() >= deadline:
-            for pid in set(pids) - set(codes):
+            for pid in ({pids[rank] for rank in one} or set(pids)) - set(codes):
                 os.kill(pid, number or signal.SIGKILL)
+            one.clear()
             number, deadline = signal.SIGKILL, time.monotonic() + 60.0
         time.sleep(0.001)
     return next((code for code in codes.values() if code), 0)

@@ -34,6 +34,7 @@ def test_every_point_of_the_protocol_is_labelled():
 
 
 @pytest.mark.parametrize("label", [x for x in LABELS if not x.startswith(("resume.", "prepare.", "ranks."))])
+@pytest.mark.goal("R2")
 def test_kill_at_every_labelled_point_loses_nothing(
     label: str, trainer: Any, pruned_config: RunConfig, pruned_reference: Run, assert_nothing_lost: Any, tmp_path: Path
 ):
@@ -62,6 +63,7 @@ def test_kill_while_preparing_the_data_loses_nothing(
 
 @pytest.mark.parametrize("before", ["commit.renamed", "save.weights_written", "step.logged:7"])
 @pytest.mark.parametrize("label", [x for x in LABELS if x.startswith(("resume.", "begin."))])
+@pytest.mark.goal("R2")
 def test_kill_while_resuming_loses_nothing(
     before: str,
     label: str,
@@ -119,6 +121,7 @@ def pair_reference(trainer: Any, pruned_config: RunConfig) -> Callable[[str], tu
         for x in RANKS_POINTS
     ],
 )
+@pytest.mark.goal("R2")
 def test_kill_of_two_ranks_at_every_labelled_point_loses_nothing(
     strategy: str,
     label: str,
