@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -314,3 +315,13 @@ def test_another_format_version_is_refused(run: Run, shards: Any):
     with pytest.raises(CheckpointError, match=r"format_version 1; found 2\. Resume with the tinylab that wrote it"):
         latest_good(run)
     assert run.checkpoints(), "it is not damaged, only newer: it stays"
+
+
+def test_a_record_without_a_field_is_one_message(run: Run, shards: Any):
+    saved = snapshot(10)
+    path = commit_checkpoint(run, saved, MODEL, shards) / "trainer" / "trainer.json"
+    record = json.loads(path.read_text())
+    del record["tokens"], record["step"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"trainer\.json must have step, tokens; found none"):
+        read_record(path.parents[1])

@@ -22,7 +22,7 @@ from tinylab.config.io import run_to_toml
 from tinylab.config.schema import RunConfig
 from tinylab.dist.handle import Handle
 from tinylab.dist.launch import launch
-from tinylab.errors import ConfigError, LaunchError, NothingFoundError
+from tinylab.errors import CheckpointError, ConfigError, LaunchError, NothingFoundError
 from tinylab.runs.folder import Run
 from tinylab.runs.summary import run_summary
 
@@ -256,3 +256,16 @@ def test_a_run_survives_whatever_happens_to_the_kernel_that_launched_it(
     finally:
         manager.shutdown_kernel(now=True)
         manager.cleanup_resources()
+
+
+def test_a_log_that_is_a_fifo_is_named_and_nobody_waits_for_it(run: Run):
+    run.logs_path.mkdir(parents=True)
+    os.mkfifo(run.logs_path / "rank-0.log")
+    with pytest.raises(CheckpointError, match=r"rank-0\.log must be a regular file; found a FIFO"):
+        Handle(run).tail()
+
+
+def test_the_tail_of_a_huge_log_is_its_last_lines(run: Run):
+    run.logs_path.mkdir(parents=True)
+    (run.logs_path / "rank-0.log").write_text("a line\n" * 2**19 + "the last one\n")
+    assert Handle(run).tail(lines=2) == "a line\nthe last one"

@@ -46,8 +46,8 @@ class Trainer:
         self._configs = 0
 
     def go(self, run: Path, config: RunConfig | None = None, failpoint: str = "", **request: Any) -> Ended:
-        """Train `config` in folder `run`: `ranks=n`, `kill=(signal, seconds[, rank])`, `kill_in_save=(n, seconds after the
-        folder of the n-th save of these processes appeared)`, `signal_at=(step, signal)`, `file_bytes=n`."""
+        """Train `config` in folder `run`: `ranks=n`, `kill=(signal, seconds[, rank])`, `kill_in_save=(n, seconds after
+        the folder of the n-th save of these processes appeared)`, `signal_at=(step, signal)`, `file_bytes=n`."""
         self._configs += 1
         toml = self.folder / f"config{self._configs}.toml"
         toml.write_text(run_to_toml(config or self.config))

@@ -30,7 +30,7 @@ from tinylab.checkpoint.retention import saves_at
 from tinylab.checkpoint.state import TrainState
 from tinylab.config.io import load_run
 from tinylab.errors import TinylabError
-from tinylab.model.loss import Batch
+from tinylab.model.loss import MicroBatch
 from tinylab.model.transformer import Llama
 from tinylab.runs.folder import Run
 from tinylab.training.hooks import Hook
@@ -77,7 +77,7 @@ def spoil(steps: list[int], what: str, factor: float, rank: int) -> None:
         state = resume(checkpointer)
         honest = state.loss
 
-        def loss(model: Llama, batch: Batch) -> torch.Tensor:
+        def loss(model: Llama, batch: MicroBatch) -> torch.Tensor:
             value, step = honest(model, batch), state.step + 1
             if step not in steps or int(os.environ.get("RANK", 0)) != rank:
                 return value

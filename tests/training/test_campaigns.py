@@ -115,7 +115,7 @@ def test_a_signal_at_a_random_moment_commits_and_repeats_no_step(
 def test_a_disk_that_is_full_for_any_writer_loses_nothing(
     seed: int, layout: str, undisturbed: Callable[[str], Undisturbed], assert_same_end: Any, tmp_path: Path
 ):
-    """No file may grow beyond a random size: status, journal, metrics, weights or moments fail, whichever comes first."""
+    """No file may grow beyond a random size: journal, metrics, weights or moments fail, whichever comes first."""
     reference, run = undisturbed(layout), Run(tmp_path / "run")
     largest = max(p.stat().st_size for p in reference.run.path.rglob("*") if p.is_file())
     size = int(largest ** random.Random(f"{seed} {layout}").uniform(0.5, 0.99))

@@ -224,9 +224,8 @@ class Checkpointer:
         try:
             write_parts(folder, rank, snapshot, self._config.model)
         except (OSError, SafetensorError) as error:
-            cause = error if isinstance(error, OSError) else OSError(None, str(error))
             needed = sum(t.nbytes for part in (snapshot.weights, snapshot.optimizer) for t in part.values())
-            return f"rank {rank}: {disk_error(folder, cause, needed)}"
+            return f"rank {rank}: {disk_error(folder, error, needed)}"
         failpoint("ranks.part_written")
         return ""
 

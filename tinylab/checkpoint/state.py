@@ -60,7 +60,7 @@ def build_state(config: RunConfig, context: Context, checkpoint: Path | None) ->
     )
     if checkpoint is not None:
         record = read_record(checkpoint)
-        state.step, state.hours = record["step"], record["hours"]
+        state.step, state.hours = record["step"], record.get("hours", 0.0)
         state.faults = record.get("faults", {})
         _load_optimizer(state, record, checkpoint)
         _load_rng(load_rng(checkpoint), context, config.seed, state.step)

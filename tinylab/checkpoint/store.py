@@ -34,6 +34,7 @@ from tinylab.formats.huggingface_config import write_config
 from tinylab.runs.durable import disk_error, failpoint, fsync_path
 from tinylab.runs.folder import Run, step_name, step_of
 from tinylab.runs.manifest import TEMPORARY_PREFIX, commit_folder, temporary_folder, verify_folder
+from tinylab.runs.regular import read_regular
 
 FORMAT_VERSION = 1
 """Of `trainer/`; a folder of another version is refused."""
@@ -77,8 +78,7 @@ def commit_checkpoint(
         commit_folder(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        cause = error if isinstance(error, OSError) else OSError(None, str(error))
-        raise disk_error(target, cause, needed) from error
+        raise disk_error(target, error, needed) from error
     except CheckpointError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -216,7 +216,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """`trainer.json` of a checkpoint. Raises CheckpointError when it is missing, malformed or of another version."""
     path = folder / "trainer" / "trainer.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_regular(path, follow=True))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} must be readable JSON; found: {error}. Use another checkpoint") from error
     version = record.get("format_version") if isinstance(record, dict) else None
@@ -224,6 +224,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} must have format_version {FORMAT_VERSION}; found {version}. Resume with the tinylab that wrote it"
         )
+    if missing := sorted({"step", "tokens"} - record.keys()):
+        raise CheckpointError(f"{path} must have {', '.join(missing)}; found none. Use another checkpoint")
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -15,12 +16,14 @@ from tinylab.errors import EXIT_FAILED, EXIT_NOTHING_FOUND, CheckpointError, Lau
 from tinylab.runs.durable import disk_error, process_exists
 from tinylab.runs.folder import Run
 from tinylab.runs.following import MetricsReader
-from tinylab.runs.regular import read_json
+from tinylab.runs.regular import open_regular, read_json
 
 POLL_S = 0.2
 """How often a waiting caller looks at the run folder."""
 SLURM_POLL_S = 2.0
 """How often it asks Slurm."""
+TAIL_BYTES = 2**20
+"""Of the end of a log, read for its last lines."""
 STOP_S = 120.0
 """How long `stop` waits for the checkpoint."""
 RECORD = "launch.json"
@@ -80,7 +83,9 @@ class Handle:
         if "job" in self.record and not path.exists():  # the job's own log says why no rank was started
             path = self.run.logs_path / f"slurm-{self.record['job']}.log"
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
+            with open(open_regular(path), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+                text = file.read().decode(errors="replace")
         except OSError as error:
             have = ", ".join(sorted(p.stem for p in self.run.logs_path.glob("rank-*.log"))) or "none"
             raise NothingFoundError(f"{path} must be the log of rank {rank}; found logs of: {have}") from error

@@ -30,7 +30,7 @@ from tinylab.dist.detached import meeting, start_supervisor
 from tinylab.dist.gpus import full_gpus, gpus_here
 from tinylab.dist.handle import POLL_S, RECORD, SLURM_POLL_S, Handle
 from tinylab.dist.rank_logs import last_message
-from tinylab.errors import EXIT_FAILED, EXIT_NOTHING_FOUND, EXIT_USAGE, ConfigError, LaunchError, NothingFoundError
+from tinylab.errors import CheckpointError, EXIT_FAILED, EXIT_NOTHING_FOUND, EXIT_USAGE, ConfigError, LaunchError, NothingFoundError
 from tinylab.runs.durable import disk_error, write_atomic
 from tinylab.runs.folder import Run
 from tinylab.runs.regular import open_regular
@@ -218,6 +218,7 @@ def _until_it_stands(
 
 
 def _content(path: Path) -> bytes:
-    with suppress(OSError):
-        return path.read_bytes()
+    with suppress(OSError, CheckpointError):
+        with open(open_regular(path), "rb") as file:
+            return file.read()
     return b""

@@ -18,6 +18,7 @@ from pathlib import Path
 from tinylab.errors import LaunchError
 from tinylab.runs.durable import disk_error, write_atomic
 from tinylab.runs.folder import Run, home
+from tinylab.runs.regular import read_regular
 
 CPUS_PER_RANK = 4
 """Cores for each GPU process: the trainer, its reading and its hashing."""
@@ -84,7 +85,7 @@ def place_script(run: Run, text: str) -> Path:
     """
     path = run.path / "launch.sbatch"
     try:
-        found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else text
+        found = read_regular(path).decode(errors="replace") if path.exists() else text
     except OSError as error:
         raise disk_error(path, error) from error
     seals = SEAL.findall(found)

@@ -4,7 +4,6 @@ A folder is never trusted: nothing is unpickled, the configuration must describe
 file names in a weight map stay inside the folder, and every header is checked before a tensor is read.
 """
 
-import errno
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -127,11 +126,8 @@ def write_weight_files(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for file in set(weight_map.values()):  # safetensors makes its files private; the umask decides
             (folder / file).chmod((folder / INDEX).stat().st_mode)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise disk_error(folder, error, total) from error
-    except SafetensorError as error:  # carries the message of a full disk, but no errno
-        full = "No space left" in str(error) or "os error 28" in str(error)
-        raise disk_error(folder, OSError(errno.ENOSPC if full else errno.EIO, str(error)), total) from error
     return [*dict.fromkeys(weight_map.values()), INDEX]
 
 

@@ -161,10 +161,13 @@ def _block_before(file: BinaryIO, end: int) -> bytes:
     return file.read(end - start)
 
 
-def disk_error(path: Path, error: OSError, needed: int | None = None) -> CheckpointError:
-    """A CheckpointError that names the path, what went wrong, bytes needed and bytes free."""
-    reason, number = error.strerror or str(error), error.errno
-    if number is None and (found := re.search(r"\(os error (\d+)\)", reason)):  # how libraries in Rust say it
+def disk_error(path: Path, error: Exception, needed: int | None = None) -> CheckpointError:
+    """A CheckpointError that names the path, what went wrong, bytes needed and bytes free.
+
+    `error` is an OSError, or one of a library whose text ends as Rust's do: (os error 28).
+    """
+    reason, number = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", reason)):
         number = int(found[1])
         reason = os.strerror(number)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

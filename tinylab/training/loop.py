@@ -48,6 +48,7 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
     check_schedule(config)
     with (
         StopRequest(run) as stop,
+        stop.unwrapped(),
         open_context(config.parallel, stop.launcher_gone) as context,
         one_trainer(run, context),
     ):
@@ -59,7 +60,7 @@ def train(config: RunConfig, run: Run, *, progress: bool = True, hooks: Sequence
         heartbeat = Heartbeat(run, config, _step_of(checkpoint), context.world)
         if not attention and heartbeat.at < config.steps:
             attention = choose_backend(config, run, context)
-        with _reported(run, context, heartbeat), other_ranks_alive(context):
+        with _reported(run, context, heartbeat), stop.unwrapped(), other_ranks_alive(context):
             if heartbeat.at == config.steps:
                 if context.is_main:
                     print(f"{run.path} is finished: step {config.steps}, {config.tokens:,} tokens", file=sys.stderr)

@@ -148,7 +148,7 @@ def _require_same(config: RunConfig, run: Run) -> None:
 def _require_own(config: RunConfig, checkpoint: Path) -> None:
     """Raise CheckpointError unless the checkpoint was written under this configuration (config.toml may be lost)."""
     record = read_record(checkpoint)
-    if record["config_digest"] != config_digest(config, record.get("config_digest_version", 1)):
+    if record.get("config_digest") != config_digest(config, record.get("config_digest_version", 1)):
         raise CheckpointError(
             f"{checkpoint} must come from the configuration asked for; it was written under another one. "
             "Restore the run's config.toml, or choose another run folder"

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -52,6 +53,16 @@ class StopRequest:
         self.note(signal.Signals(number).name)
         if not self._deferred:
             raise self.stopped("before its first step")
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """A signal before the first step ends the run as stopped, even if the library it met raises its own error."""
+        try:
+            yield
+        except Exception as error:
+            if not self.reason or self._deferred or isinstance(error, RunStopped):
+                raise
+            raise self.stopped("before its first step") from error
 
     def note(self, reason: str) -> None:
         """The run is to stop for a reason of REASONS. Safe in any thread."""
