@@ -61,7 +61,7 @@ def write_atomic(path: Path, data: str | bytes, *, sync: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a killed process that had the same number
-        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o666), "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             if sync:

@@ -26,15 +26,15 @@ _KINDS = {
 }
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
-    """A descriptor of the regular file at `path`, opened with `flags`; a new file is private to the user (0600).
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False, mode: int = 0o600) -> int:
+    """A descriptor of the regular file at `path`, opened with `flags`; a new file has `mode` less the umask.
 
     With `follow`, a symbolic link to a regular file will do: a model's files may be links into a cache.
     Raises CheckpointError, with the remedy, for anything but a regular file, and OSError as `os.open` does.
     """
     flags |= (0 if follow else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = os.open(path, flags, mode)
     except OSError as error:
         if problem := _problem(path):
             raise CheckpointError(problem) from error
