@@ -29,6 +29,7 @@ EXPECTED = (
     "03_loss_curves",
     "05_score_trajectories",
     "06_compare_checkpoints",
+    "09_scaling",
     "10_report",
 )
 SCREEN = 40
@@ -188,6 +189,25 @@ def test_06_compares_two_checkpoints(lab: Path, tmp_path: Path):
     assert result["loss_b"] < result["loss_a"] and len(result["generations"]) == 3 and result["scores"]
     text = (tmp_path / "out" / "06_compare_checkpoints.ipynb").read_text(encoding="utf-8")
     assert pictures(tmp_path / "out" / "06_compare_checkpoints.ipynb") == 4 and "widget-view" not in text
+
+
+def test_09_measures_what_can_run_here_and_plans_the_long_run(tmp_path: Path):
+    given = {
+        "ranks": [1, 3],
+        "strategies": ["ddp"],
+        "micro_batches": [16],
+        "steps": 7,
+        "device": "cpu",
+        "limit_mb": 1.0,
+    }
+    result = execute("09_scaling", tmp_path / "out", **given)
+    one, three = result["layouts"]
+    assert result["fastest"] == one and one["tokens_per_s"] > 0 and one["ratio"] == 1
+    assert "the number of ranks (3) must divide the sequences of a step (16)" in three["refused"]
+    assert result["own_days"] == pytest.approx(presets.preset("tiny").tokens / one["tokens_per_s"] / 86400)
+    assert result["planned"]["days"] == pytest.approx(3e12 / (16 * 24_000 * 86400), rel=1e-4)  # TinyLlama: 90 days
+    assert result["found"].startswith("1 of 2 layouts ran.") and "takes 90.4 days on 16 ×" in result["found"]
+    assert pictures(tmp_path / "out" / "09_scaling.ipynb") == 1
 
 
 def test_10_writes_one_file_beside_its_result(lab: Path, tmp_path: Path):

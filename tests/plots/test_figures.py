@@ -54,6 +54,13 @@ def tokens(texts: list[str] | None = None) -> pandas.DataFrame:
     return pandas.DataFrame({"position": positions, "text": texts, "loss_a": a, "loss_b": b, "delta": b - a})
 
 
+def layouts() -> list[dict]:
+    refused = {"strategy": "fsdp", "ranks": 3, "threads": None, "micro_batch": 2, "tokens_per_s": None, "refused": "no"}
+    one = {"strategy": "none", "ranks": 1, "threads": 2, "micro_batch": 8, "tokens_per_s": 1000.0}
+    one |= {"low": 900.0, "high": 1200.0, "ratio": 1.0, "refused": None}
+    return [one, one | {"strategy": "ddp", "ranks": 2, "threads": 1, "tokens_per_s": 1100.0, "ratio": 1.1}, refused]
+
+
 EMPTY = pandas.DataFrame()
 FIGURES = {
     "loss": lambda: plots.loss_curves([("r", metrics())]),
@@ -78,6 +85,8 @@ FIGURES = {
     "flips": lambda: plots.flips(pairs()),
     "tokens": lambda: plots.token_delta(tokens()),
     "no tokens": lambda: plots.token_delta(tokens().head(0)),
+    "layouts": lambda: plots.scaling(layouts()),
+    "no layout": lambda: plots.scaling(layouts()[2:]),
     "position": lambda: plots.position_loss(tokens()),
     "position of one": lambda: plots.position_loss(tokens(["x"])),
 }
@@ -123,6 +132,17 @@ def test_stage_marks_stand_where_stages_end():
     config = demo()
     lines = [line.get_xdata()[0] for line in plots.learning_rate(config).axes[0].lines if len(line.get_xdata()) == 2]
     assert config.tokens_at(config.stage_bounds()[0][1]) in lines
+
+
+def test_the_layouts_that_ran_have_bars_quartiles_and_their_ratio_to_the_first():
+    figure = plots.scaling(layouts())
+    (ax,) = figure.axes
+    assert [bar.get_width() for bar in ax.patches] == [1000, 1100]
+    names = ["1 rank × 2 threads, micro-batch 8", "ddp, 2 ranks × 1 thread, micro-batch 8"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+    assert [text.get_text() for text in ax.texts] == ["1K tokens/s, 1.00 ×", "1.1K tokens/s, 1.10 ×"]
+    assert ax.collections[1].get_segments()[0][:, 0].tolist() == [900, 1200]
+    assert any("Refused: 1 of 3" in text.get_text().replace("\n", " ") for text in figure.texts)
 
 
 def test_the_mixture_ramps_linearly_from_stage_to_stage():

@@ -92,8 +92,8 @@ def plan_verb(
 
 def bench_verb(
     what: Annotated[
-        Literal["train", "parity", "opening", "decoding", "checkpoint"],
-        arg(metavar="{train,parity,opening,decoding,checkpoint}"),
+        Literal["train", "parity", "opening", "decoding", "checkpoint", "scaling"],
+        arg(metavar="{train,parity,opening,decoding,checkpoint,scaling}"),
     ],
     /,
     preset: str | None = None,
@@ -107,10 +107,12 @@ def bench_verb(
         what: train: tokens/s of full optimizer steps. parity: differences of logits and generated tokens. opening:
             seconds and peak memory to open a bf16 folder, each time in a fresh process. decoding: tokens/s of greedy
             decoding on the CPU. checkpoint: seconds that a save holds up the steps; the peer is torch's async_save.
+            scaling: tokens/s of launched runs on 1 and 2 ranks by ddp and fsdp; the peer is one rank (notebook 09 has
+            other layouts).
         preset: configuration of both sides; default: tinyllama_1b for opening, else tiny. Not for parity.
         against: the peer: transformers.
-        device: where train and checkpoint are measured.
-        windows: measurements of each side, in turns. Not for parity.
+        device: where train, checkpoint and scaling are measured.
+        windows: measurements of each side, in turns. Not for parity and scaling.
     """
     if against != "transformers":
         raise ConfigError(f"against must be transformers; found {against!r}")
@@ -119,6 +121,11 @@ def bench_verb(
 
         found = bench_parity()
         return Answer(found, f"against {found['peer']}\n\n{table(found['rows'])}", 0 if found["holds"] else EXIT_FAILED)
+    if what == "scaling":
+        from tinylab.bench.scaling import bench_scaling
+
+        found = bench_scaling(preset or "tiny", device=device)
+        return Answer(found, table(found))
     if what == "opening":
         from tinylab.bench.opening import bench_opening
 

@@ -7,6 +7,7 @@ fixed order.
 from tinylab.plots.comparison import flips, position_loss, score_differences, token_delta
 from tinylab.plots.corpus import document_lengths, mixture_of, token_frequencies
 from tinylab.plots.model import series_audit, shares
+from tinylab.plots.scaling import scaling
 from tinylab.plots.scores import score_trajectories
 from tinylab.plots.style import LabFigure
 from tinylab.plots.training import gradient_norm, learning_rate, loss_curves, throughput, validation_bits
@@ -20,6 +21,7 @@ __all__ = [
     "loss_curves",
     "mixture_of",
     "position_loss",
+    "scaling",
     "score_differences",
     "score_trajectories",
     "series_audit",
