@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,11 +28,12 @@ def endless(lab: Path) -> RunConfig:
 
 @contextmanager
 def stopped_after_a_step(run: Run) -> Iterator[None]:
-    """Stop the run from another thread once it has done a step."""
+    """Stop the run from another thread once it has done a step more, at the latest after the block."""
+    before, ended = len(run.metric_records()), threading.Event()
 
     def stop() -> None:
-        while not run.metric_records():
-            time.sleep(0.1)
+        while len(run.metric_records()) <= before and not ended.wait(0.1):
+            pass
         Handle(run).stop()
 
     thread = threading.Thread(target=stop)
@@ -41,6 +41,7 @@ def stopped_after_a_step(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         thread.join()
 
 
