@@ -79,8 +79,8 @@ check: setup
 
 # Every goal of docs/reliability.md at its full count: hours. only=R1 runs one goal; a repeat leaves out what has passed.
 stress: setup
-	@code=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "stress or goal" --campaign build/stress \
-	  $(if $(only),--goal $(only)) || code=$$?; \
+	@code=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m "stress or goal" --campaign=build/stress \
+	  $(if $(only),--goal=$(only)) || code=$$?; \
 	$(BIN)/python tests/goals.py build/stress >docs/reliability.md; exit $$code
 
 # Local only, with Jupyter's token; papermill and the kernel find runs in the folder of this file.
